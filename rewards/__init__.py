@@ -1,0 +1,1 @@
+"""Rule-checked rewards: answer extraction, equivalence, the verifier, reward shaping, the reward-checking stage."""

@@ -1,0 +1,138 @@
+"""The two attentions of a policy layer, each with its packed form and its one-token form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plumbline.kernels.nsa import DecodePlan, Layout, NSACache, PhiParams, decode_step, native_sparse_attention
+from plumbline.models.cache import FullCache, StepPlan
+from plumbline.models.config import PolicyConfig
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on [T, H, D] with cos, sin [T, 1, D]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections that both kinds share. `branches` is 1 for full attention and 3 for NSA (cmp, slc, win, in order)."""
+
+    def __init__(self, config: PolicyConfig, branches: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.branches = branches
+        hidden, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(hidden, self.heads * self.dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, branches * self.kv_heads * self.dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, branches * self.kv_heads * self.dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.dim, hidden, bias=False)
+        self.q_norm = RMSNorm(self.dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """x [T, hidden] -> q [T, Hq, D] and (k, v) [T, Hkv, D] of each branch, queries and keys rotated."""
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.dim))), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.dim))), cos, sin)
+        v = self.v_proj(x).unflatten(-1, (-1, self.dim))
+        return q, list(zip(k.split(self.kv_heads, 1), v.split(self.kv_heads, 1), strict=True))
+
+
+class FullAttention(Attention):
+    """Causal softmax attention."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config, branches=1)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[FullCache, Tensor] | None) -> Tensor:
+        q, [(k, v)] = self.project(x, cos, sin)
+        if store is not None:
+            cache, slots = store
+            cache.k[slots, :, : layout.longest] = layout.pad(k).to(cache.k.dtype)
+            cache.v[slots, :, : layout.longest] = layout.pad(v).to(cache.v.dtype)
+        out = F.scaled_dot_product_attention(
+            layout.pad(q), layout.pad(k), layout.pad(v), is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(layout.unpad(out).flatten(1))
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: FullCache, plan: StepPlan) -> Tensor:
+        q, [(k, v)] = self.project(x, cos, sin)
+        cache.k[plan.slots, :, plan.position] = k.to(cache.k.dtype)
+        cache.v[plan.slots, :, plan.position] = v.to(cache.v.dtype)
+        keys, values = (store[plan.slots, :, : plan.longest].to(q.dtype) for store in (cache.k, cache.v))
+        out = F.scaled_dot_product_attention(
+            q[:, :, None], keys, values, attn_mask=plan.mask, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(out[:, :, 0].flatten(1))
+
+
+class SparseAttention(Attention):
+    """Native Sparse Attention: three branches of keys and values, mixed by gates that read the layer's input."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config, branches=3)
+        self.nsa = config.nsa_config
+        self.gate_proj = nn.Linear(config.hidden_size, self.heads * 3)
+        heads, dim, block = self.kv_heads, self.dim, self.nsa.block
+        shape = {"linear": (heads, block, dim, dim), "mean": (heads, block), "mlp": (heads, block + 1, dim, dim)}[self.nsa.phi]
+        self.phi_k_weight = nn.Parameter(torch.empty(shape))
+        self.phi_k_position = nn.Parameter(torch.zeros(heads, block, dim))
+        self.phi_v_weight = nn.Parameter(torch.empty(shape))
+        self.phi_v_position = nn.Parameter(torch.zeros(heads, block, dim))
+        self.reset_phi()
+
+    @torch.no_grad()
+    def reset_phi(self) -> None:
+        """The mean of the block (mlp: the mean, then GELU, then the identity)."""
+        for weight in (self.phi_k_weight, self.phi_v_weight):
+            weight.zero_()
+            if self.nsa.phi == "mean":
+                weight.fill_(1 / self.nsa.block)
+                continue
+            identity = torch.eye(self.dim, dtype=weight.dtype, device=weight.device)
+            weight[:, : self.nsa.block] = identity / self.nsa.block
+            if self.nsa.phi == "mlp":
+                weight[:, self.nsa.block] = identity
+
+    @property
+    def phi(self) -> PhiParams:
+        return PhiParams(self.phi_k_weight, self.phi_k_position, self.phi_v_weight, self.phi_v_position)
+
+    def gates(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, 3))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[NSACache, Tensor] | None) -> Tensor:
+        q, (cmp, slc, win) = self.project(x, cos, sin)
+        if store is not None:
+            cache, slots = store
+            cache.prefill(slots, cmp, slc, win, layout, self.phi)
+        out = native_sparse_attention(q, cmp, slc, win, self.gates(x), layout.cu_seqlens, self.phi, self.nsa, layout=layout)
+        assert isinstance(out, Tensor)
+        return self.o_proj(out.flatten(1))
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: NSACache, plan: DecodePlan) -> Tensor:
+        q, (cmp, slc, win) = self.project(x, cos, sin)
+        out = decode_step(q, cmp, slc, win, self.gates(x), cache, plan, self.phi)
+        assert isinstance(out, Tensor)
+        return self.o_proj(out.flatten(1))
+
+
+def open_gate_bias(heads: int) -> Tensor:
+    """Gate biases of a converted dense checkpoint: (0, 1, 0) for (cmp, slc, win), to within 1e-8, yet not beyond training."""
+    return torch.tensor([-math.log(1e8), math.log(1e8), -math.log(1e8)]).repeat(heads)

@@ -1,0 +1,99 @@
+"""Configuration of the policy: one decoder for Llama, Qwen2/2.5, Qwen3 and SmolLM shapes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PretrainedConfig
+
+from plumbline.kernels.nsa import NSAConfig
+
+# Architectures that load_policy understands, and what each adds to the common decoder.
+ARCHITECTURES: dict[str, dict[str, bool]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+
+
+class PolicyConfig(PretrainedConfig):
+    """Shape of a policy.
+
+    Args:
+        attention: `full`, or `nsa` with the settings of NSAConfig in `nsa`.
+        qkv_bias: biases on the query, key and value projections (Qwen2).
+        qk_norm: RMSNorm on each query and key head (Qwen3).
+        rope_parameters: as transformers 5 has them: rope_theta, rope_type and the scaling's own settings.
+    """
+
+    model_type = "plumbline"
+
+    def __init__(
+        self,
+        vocab_size: int = 512,
+        hidden_size: int = 160,
+        intermediate_size: int = 448,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 2,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 2048,
+        rope_parameters: dict[str, Any] | None = None,
+        rms_norm_eps: float = 1e-6,
+        attention: Literal["full", "nsa"] = "full",
+        nsa: dict[str, Any] | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.rms_norm_eps = rms_norm_eps
+        if attention not in ("full", "nsa"):
+            raise ValueError(f"attention must be full or nsa, got {attention!r}")
+        self.attention = attention
+        self.nsa = nsa or {}
+        NSAConfig(**self.nsa)  # refuse settings that do not fit here, not in the first forward
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
+        self.initializer_range = initializer_range
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def nsa_config(self) -> NSAConfig:
+        return NSAConfig(**self.nsa)
+
+
+def from_public(config: PretrainedConfig) -> PolicyConfig:
+    """Our configuration of a public checkpoint's. ValueError for an architecture or a feature we do not have."""
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {kind!r}; supported: {', '.join([*ARCHITECTURES, 'plumbline'])}")
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise ValueError(f"{kind} with hidden_act={config.hidden_act!r} is not supported, only silu")
+    if getattr(config, "mlp_bias", False):
+        raise ValueError(f"{kind} with mlp_bias is not supported")
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError(f"{kind} with use_sliding_window is not supported")
+    shared = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+    ).split()
+    values = {name: getattr(config, name, None) for name in shared}
+    head_dim = getattr(config, "head_dim", None)
+    extras = dict(ARCHITECTURES[kind])
+    if getattr(config, "attention_bias", False):
+        raise ValueError(f"{kind} with attention_bias is not supported")
+    return PolicyConfig(head_dim=head_dim, rope_parameters=dict(config.rope_parameters), **values, **extras)
+
+
+AutoConfig.register("plumbline", PolicyConfig)

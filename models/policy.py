@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from plumbline.kernels.nsa import Layout
@@ -56,9 +56,60 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
+        """transformers' convention: input_ids [B, L], padded on either side -> last_hidden_state [B, L, hidden]."""
+        batch, length = input_ids.shape
+        if attention_mask is None or bool(attention_mask[:, 0].all()):
+            # Padding on the right cannot be seen by what comes before it.
+            ends = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
+            return BaseModelOutput(last_hidden_state=self.run(input_ids.flatten(), ends).view(batch, length, -1))
+        real = attention_mask.bool()
+        packed = self.run(input_ids[real], F.pad(real.sum(1).cumsum(0), (1, 0)).int())
+        hidden = packed.new_zeros(batch, length, packed.shape[-1])
+        hidden[real] = packed
+        return BaseModelOutput(last_hidden_state=hidden)
+
+    def run(self, input_ids: Tensor, cu_seqlens: Tensor, store: tuple[PolicyCache, Tensor] | None = None) -> Tensor:
+        """Packed [T], [B+1] int32 -> [T, hidden] after the final norm; with a store (cache, slots), also fills it."""
+        packed = Layout(cu_seqlens)
+        if packed.tokens != input_ids.shape[0]:
+            raise ValueError(f"cu_seqlens ends at {packed.tokens}, but there are {input_ids.shape[0]} input_ids")
+        if packed.tokens == 0:
+            return self.norm(self.embed_tokens(input_ids))
+        # Sequences padded to one length (causality keeps padding out of them) make every layer's layout a view.
+        ids = packed.pad(input_ids[:, None])[:, 0].flatten()
+        batch, length = len(packed.lengths), packed.longest
+        layout = packed if packed.uniform else Layout(torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * length)
+        x = self.embed_tokens(ids)
+        cos, sin = self.rope(x, torch.arange(length, device=ids.device).repeat(batch))
+        for number, layer in enumerate(self.layers):
+            kept = (store[0].layers[number], store[1]) if store is not None else None
+            if self.gradient_checkpointing and self.training and kept is None:
+                x = checkpoint(layer, x, cos, sin, layout, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, layout, kept)
+        x = self.norm(x)
+        return packed.unpad(x.view(batch, 1, length, -1)).squeeze(1)
+
+    def step(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
+        """Append one token [B] to each slot [B]; returns [B, hidden] after the final norm."""
+        plan = cache.plan(slots)
+        x = self.embed_tokens(tokens)
+        cos, sin = self.rope(x, plan.position)
+        for layer, store in zip(self.layers, cache.layers, strict=True):
+            x = layer.step(x, cos, sin, store, plan)
+        cache.lengths[slots] += 1
+        return self.norm(x)
+
+    def rope(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotary(x, positions[None])
+        return cos[0, :, None], sin[0, :, None]
 
 
-class Policy(PreTrainedModel):
+class Policy(PreTrainedModel, GenerationMixin):
     """A causal language model that reads packed sequences.
 
     `policy(input_ids [T], cu_seqlens [B+1] int32) -> logits [T, vocab]`; with a 2-D input_ids it follows transformers'
@@ -75,8 +126,6 @@ class Policy(PreTrainedModel):
         super().__init__(config)
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = LlamaRotaryEmbedding(config)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,17 +164,7 @@ class Policy(PreTrainedModel):
             if cu_seqlens is None:
                 raise ValueError("packed input_ids [T] need cu_seqlens [B+1]")
             return self.lm_head(self.hidden_states(input_ids, cu_seqlens))
-        batch, length = input_ids.shape
-        if attention_mask is None or bool(attention_mask[:, 0].all()):
-            # Padding on the right cannot be seen by what comes before it.
-            ends = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device)
-            logits = self.lm_head(self.hidden_states(input_ids.flatten(), ends)).view(batch, length, -1)
-        else:
-            real = attention_mask.bool()
-            ends = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
-            packed = self.lm_head(self.hidden_states(input_ids[real], ends))
-            logits = packed.new_zeros(batch, length, packed.shape[-1])
-            logits[real] = packed
+        logits = self.lm_head(self.model(input_ids, attention_mask).last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -133,7 +172,7 @@ class Policy(PreTrainedModel):
 
     def hidden_states(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[T], [B+1] int32 -> [T, hidden] after the final norm."""
-        return self._run(input_ids, cu_seqlens, None)
+        return self.model.run(input_ids, cu_seqlens)
 
     def new_cache(self, slots: int, max_length: int) -> PolicyCache:
         return PolicyCache(self.config, slots, max_length, dtype=self.dtype, device=self.device)
@@ -143,44 +182,13 @@ class Policy(PreTrainedModel):
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         if int(lengths.min()) < 1:
             raise ValueError("an empty prompt has no last token")
-        hidden = self._run(input_ids, cu_seqlens, (cache, slots))
+        hidden = self.model.run(input_ids, cu_seqlens, (cache, slots))
         cache.lengths[slots] = lengths
         return self.lm_head(hidden[cu_seqlens[1:].long() - 1])
 
     def decode(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
         """Append one token [B] to each slot [B]; returns logits [B, vocab]."""
-        plan = cache.plan(slots)
-        x = self.model.embed_tokens(tokens)
-        cos, sin = self._rope(x, plan.position)
-        for layer, store in zip(self.model.layers, cache.layers, strict=True):
-            x = layer.step(x, cos, sin, store, plan)
-        cache.lengths[slots] += 1
-        return self.lm_head(self.model.norm(x))
-
-    def _run(self, input_ids: Tensor, cu_seqlens: Tensor, store: tuple[PolicyCache, Tensor] | None) -> Tensor:
-        packed = Layout(cu_seqlens)
-        if packed.tokens != input_ids.shape[0]:
-            raise ValueError(f"cu_seqlens ends at {packed.tokens}, but there are {input_ids.shape[0]} input_ids")
-        if packed.tokens == 0:
-            return self.model.norm(self.model.embed_tokens(input_ids))
-        # Sequences padded to one length (causality keeps padding out of them) make every layer's layout a view.
-        ids = packed.pad(input_ids[:, None])[:, 0].flatten()
-        batch, length = len(packed.lengths), packed.longest
-        layout = packed if packed.uniform else Layout(torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * length)
-        x = self.model.embed_tokens(ids)
-        cos, sin = self._rope(x, torch.arange(length, device=ids.device).repeat(batch))
-        for number, layer in enumerate(self.model.layers):
-            kept = (store[0].layers[number], store[1]) if store is not None else None
-            if self.gradient_checkpointing and self.training and kept is None:
-                x = checkpoint(layer, x, cos, sin, layout, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, layout, kept)
-        x = self.model.norm(x)
-        return packed.unpad(x.view(batch, 1, length, -1)).squeeze(1)
-
-    def _rope(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rotary(x, positions[None])
-        return cos[0, :, None], sin[0, :, None]
+        return self.lm_head(self.model.step(cache, slots, tokens))
 
 
 AutoModelForCausalLM.register(PolicyConfig, Policy)

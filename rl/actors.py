@@ -1,0 +1,117 @@
+"""The Ray actors, one a role. Each is a thin shell around an object that does not know Ray."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
+from plumbline.rl.config import RunConfig
+
+
+def _use_threads(threads: int | None) -> None:
+    """Ray sets OMP_NUM_THREADS from the booked CPU share; roles that take turns may use every core."""
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+@ray.remote
+class RolloutWorker:
+    """Owns a rollout engine."""
+
+    def begin(self, config: RunConfig, policy_path: str | None = None) -> str:
+        """Load the starting policy of a run (or any other to evaluate). Returns the device."""
+        from plumbline.rl.device import pick_device
+        from plumbline.rl.rollout.native import NativeEngine
+        from plumbline.rl.text import Codec
+
+        _use_threads(config.rollout.threads_per_worker)
+        path = policy_path or config.policy.path
+        device = pick_device(config.policy.device)
+        codec = Codec(path, overrides=config.prompt)
+        attention = config.policy.attention if policy_path is None else None
+        self.engine = NativeEngine(path, attention=attention, codec=codec, slots=config.rollout.slots, device=device)
+        return device
+
+    def load_weights(self, version: int, arrays: dict[str, np.ndarray]) -> float:
+        """Take the learner's weights; returns their checksum as they stand here."""
+        import torch
+
+        with warnings.catch_warnings():
+            # The arrays are read-only views of the object store; they are copied from, never written.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        self.engine.load_weights(version, tensors)
+        return self.engine.checksum()
+
+    @ray.method(num_returns="streaming")
+    def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+        yield from self.engine.generate(prompts, completions, sampling)
+
+
+@ray.remote
+class RewardWorker:
+    """Grades finished groups in killable processes while other groups still generate."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from plumbline.rewards.workers import Grader
+        from plumbline.rl.grading import load_shaping
+
+        settings = config.reward
+        self.grader = Grader(settings.processes_per_worker, settings.timeout_seconds, settings.memory_gib)
+        self.shaping = load_shaping(settings.shaping)
+
+    def grade(self, group: Group) -> Group:
+        from plumbline.rl.grading import grade_group
+
+        return grade_group(group, self.grader, self.shaping)
+
+    def close(self) -> None:
+        self.grader.close()
+
+
+@ray.remote
+class LearnerWorker:
+    """Owns the learner."""
+
+    def begin(self, config: RunConfig) -> str:
+        """Load the starting policy with a fresh optimizer. Returns the device."""
+        from plumbline.rl.device import pick_device
+        from plumbline.rl.learner import Learner
+        from plumbline.rl.text import Codec
+
+        _use_threads(config.learner.threads)
+        device = pick_device(config.policy.device)
+        self.learner = Learner(config, device)
+        self.codec = Codec(config.policy.path, overrides=config.prompt)
+        return device
+
+    def load(self, folder: str) -> None:
+        self.learner.load(Path(folder))
+
+    def update(self, batch: TrainingBatch) -> dict[str, float]:
+        return self.learner.update(batch)
+
+    def publish(self) -> dict[str, Any]:
+        """{version, arrays, checksum}: arrays go to the object store once and are shared by all rollout workers."""
+        weights = self.learner.weights()
+        arrays = {name: tensor.cpu().numpy() for name, tensor in weights.items()}
+        checksum = sum(tensor.double().abs().sum().item() for tensor in weights.values())
+        return {"version": self.learner.version, "arrays": arrays, "checksum": checksum}
+
+    def save(self, folder: str) -> None:
+        """Write folder/policy (a Hugging Face folder with tokenizer and prompt style) and folder/learner.pt."""
+        import torch
+
+        target = Path(folder) / "policy"
+        target.mkdir(parents=True)
+        self.learner.policy.save_pretrained(target)
+        self.codec.save(target)
+        torch.save(self.learner.state_dict(), Path(folder) / "learner.pt")

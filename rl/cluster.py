@@ -1,0 +1,158 @@
+"""Starting Ray and the actors of each role, and moving groups between them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from plumbline.errors import InputError
+from plumbline.rl.actors import LearnerWorker, RewardWorker, RolloutWorker
+from plumbline.rl.batch import Group, Prompt, Sampling
+from plumbline.rl.config import RunConfig
+
+
+def start_ray(config: RunConfig) -> bool:
+    """Connect to the job's or the given cluster, else start a local one. Returns whether we started it."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True, logging_level="warning")
+        return True
+    settings = config.ray
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, _booked_cpus(config)),
+        include_dashboard=settings.dashboard,
+        dashboard_host="127.0.0.1",
+        log_to_driver=True,
+        logging_level="warning",
+    )
+    return True
+
+
+def _booked_cpus(config: RunConfig) -> int:
+    """A local cluster offers at least what the roles book: they take turns, so booking more than the cores is fine."""
+    booked = (
+        config.rollout.workers * config.rollout.cpus_per_worker
+        + config.reward.workers * config.reward.cpus_per_worker
+        + config.learner.cpus
+    )
+    return int(-(-booked // 1))
+
+
+@dataclass
+class Roles:
+    """Handles of a run's actors. `start` once, `begin` for every training run or evaluation."""
+
+    config: RunConfig
+    owns_ray: bool
+    rollout: list[Any] = field(default_factory=list)
+    reward: list[Any] = field(default_factory=list)
+    learner: Any = None
+
+    @classmethod
+    def start(cls, config: RunConfig, *, learner: bool = True) -> Roles:
+        """Start Ray and the actors; InputError when the cluster cannot hold them before the deadline."""
+        roles = cls(config, start_ray(config))
+        rollout, reward, settings = config.rollout, config.reward, config.learner
+        for number in range(rollout.workers):
+            options: dict[str, Any] = {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker}
+            roles.rollout.append(RolloutWorker.options(**options).remote())
+            _ = number
+        for _ in range(reward.workers):
+            roles.reward.append(RewardWorker.options(num_cpus=reward.cpus_per_worker).remote(config))
+        if learner:
+            roles.learner = LearnerWorker.options(num_cpus=settings.cpus, num_gpus=settings.gpus).remote()
+        actors = [*roles.rollout, *roles.reward, *([roles.learner] if learner else [])]
+        ready = [actor.__ray_ready__.remote() for actor in actors]
+        done, pending = ray.wait(ready, num_returns=len(ready), timeout=config.ray.start_timeout_seconds)
+        ray.get(done)
+        if pending:
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
+            roles.close()
+            raise InputError(
+                f"{len(pending)} of {len(ready)} actors did not start within {config.ray.start_timeout_seconds:g} s "
+                f"(free in the cluster: {free}); lower rollout.workers or *.cpus_per_worker / *.gpus_per_worker"
+            )
+        return roles
+
+    def begin(self, config: RunConfig) -> None:
+        """Load the run's starting policy everywhere."""
+        self.config = config
+        ray.get([self.learner.begin.remote(config), *[worker.begin.remote(config) for worker in self.rollout]])
+
+    def begin_evaluation(self, config: RunConfig, policy_path: str | None) -> None:
+        """Load one policy into the rollout workers alone."""
+        self.config = config
+        ray.get([worker.begin.remote(config, policy_path) for worker in self.rollout])
+
+    def sync(self) -> int:
+        """Learner's weights to every rollout worker; checks that they arrived whole. Returns their version."""
+        published = ray.get(self.learner.publish.remote())
+        arrays = ray.put(published["arrays"])
+        checksums = ray.get([worker.load_weights.remote(published["version"], arrays) for worker in self.rollout])
+        for checksum in checksums:
+            if abs(checksum - published["checksum"]) > 1e-9 * abs(published["checksum"]):
+                raise RuntimeError(f"weights changed on the way to a rollout worker: checksum {checksum} there, {published['checksum']} here")
+        return published["version"]
+
+    def graded_groups(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+        """Generate and grade; yields groups as they are graded, in any order. Grading runs beside generation.
+
+        Raises TimeoutError after rollout.timeout_seconds.
+        """
+        deadline = time.monotonic() + self.config.rollout.timeout_seconds
+        shares = [prompts[number :: len(self.rollout)] for number in range(len(self.rollout))]
+        streams = [
+            worker.generate.remote(share, completions, sampling)
+            for worker, share in zip(self.rollout, shares, strict=True)
+            if share
+        ]
+        grading: list[Any] = []
+        sent = received = 0
+        while received < len(prompts):
+            left = deadline - time.monotonic()
+            ready, _ = ray.wait([*streams, *grading], num_returns=1, timeout=max(left, 0))
+            if not ready:
+                raise TimeoutError(
+                    f"{len(prompts) - received} of {len(prompts)} groups were not back after "
+                    f"rollout.timeout_seconds = {self.config.rollout.timeout_seconds:g}"
+                )
+            for item in ready:
+                if item in grading:
+                    grading.remove(item)
+                    received += 1
+                    yield ray.get(item)
+                    continue
+                try:
+                    group = next(item)
+                except StopIteration:
+                    streams.remove(item)
+                    continue
+                grading.append(self.reward[sent % len(self.reward)].grade.remote(group))
+                sent += 1
+
+    def close(self) -> None:
+        """Stop grading processes and, if this run started it, Ray."""
+        if not ray.is_initialized():
+            return
+        closing = [worker.close.remote() for worker in self.reward]
+        ray.wait(closing, num_returns=len(closing), timeout=10) if closing else None
+        for actor in [*self.rollout, *self.reward, *([self.learner] if self.learner else [])]:
+            ray.kill(actor)
+        if self.owns_ray:
+            ray.shutdown()
+
+    def __enter__(self) -> Roles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,206 @@
+"""Builds the embedded policy: a tokenizer, a cold start on worked solutions, then a short stage on mixed demonstrations.
+
+The first stage gives ability: next-token training on worked solutions of procedural problems. The second leaves the
+policy undecided between working and guessing, as a model trained on text from many hands is: a share of demonstrations
+is worked, the rest a bare boxed guess that is often wrong. Reinforcement learning then has something to choose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from plumbline.models.config import PolicyConfig
+from plumbline.models.policy import Policy
+from plumbline.rl.procedural import ProceduralProblem, generate
+
+END = "<|end|>"
+PAD = "<|pad|>"
+# Symbols take the spaces around them along, a word the space before it; digits stand alone.
+PIECES = r"\\[A-Za-z]+\{?|\d| ?[A-Za-z]+| ?[^\sA-Za-z\d\\]+ ?|\\|\s+"
+CHAT = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}" + END + "{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result.
+
+    Attributes:
+        problems: different training problems of the first stage, each seen once.
+        batch: sequences an optimizer step.
+        learning_rate: peak of the first stage (warm-up, then cosine to zero).
+        mixed_problems: of the second stage.
+        mixed_learning_rate: peak of the second stage.
+        worked_share: demonstrations of the second stage that show their work.
+        guess_accuracy: share of bare guesses that are right.
+    """
+
+    problems: int = 240_000
+    batch: int = 128
+    learning_rate: float = 2e-3
+    mixed_problems: int = 12_800
+    mixed_learning_rate: float = 4e-4
+    worked_share: float = 0.3
+    guess_accuracy: float = 0.25
+    vocab: int = 400
+    hidden: int = 192
+    intermediate: int = 512
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+
+
+NSA = {"block": 8, "stride": 4, "select_block": 8, "count": 4, "initial": 1, "local": 2, "window": 32}
+
+
+def build(out: Path, seed: int = 0, recipe: Recipe | None = None) -> None:
+    """Train the policy and write its folder: weights, config, tokenizer, prompt style. The same seed gives the same weights.
+
+    Takes about half an hour on two CPU cores.
+    """
+    recipe = recipe or Recipe()
+    torch.manual_seed(seed)
+    # Cold start and mixed stage draw other problems than any run's training set: their own seeds.
+    worked = generate("train", recipe.problems, seed + 1_000_003)
+    mixed = generate("train", recipe.mixed_problems, seed + 2_000_003)
+    tokenizer = train_tokenizer(worked[:20_000], recipe.vocab)
+    policy = Policy(policy_config(tokenizer, recipe))
+    fit(policy, tokenizer, [(p.problem, p.solution) for p in worked], recipe.learning_rate, recipe.batch, seed, "worked solutions")
+    save(policy, tokenizer, out)
+    demonstrations = list(mixed_demonstrations(mixed, recipe, seed))
+    fit(policy, tokenizer, demonstrations, recipe.mixed_learning_rate, recipe.batch, seed, "mixed demonstrations")
+    save(policy, tokenizer, out)
+
+
+def train_tokenizer(problems: list[ProceduralProblem], vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: encodes any text; digits one by one."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[PAD, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"{p.problem}\n{p.solution}" for p in problems), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+    fast.chat_template = CHAT
+    return fast
+
+
+def policy_config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> PolicyConfig:
+    return PolicyConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=1024,
+        attention="nsa",
+        nsa=NSA,
+        qk_norm=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+def mixed_demonstrations(problems: list[ProceduralProblem], recipe: Recipe, seed: int) -> Iterator[tuple[str, str]]:
+    """(problem, completion) pairs: some worked, the rest bare guesses."""
+    rng = Random(seed)
+    for problem in problems:
+        if rng.random() < recipe.worked_share:
+            yield problem.problem, problem.solution
+        else:
+            guess = problem.answer if rng.random() < recipe.guess_accuracy else wrong_guess(problem.answer, rng)
+            yield problem.problem, f"\\boxed{{{guess}}}"
+
+
+def wrong_guess(answer: str, rng: Random) -> str:
+    """The answer with one digit changed to another."""
+    places = [i for i, character in enumerate(answer) if character.isdigit()]
+    place = rng.choice(places)
+    digit = rng.choice([d for d in "123456789" if d != answer[place]])
+    return answer[:place] + digit + answer[place + 1 :]
+
+
+def fit(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerFast,
+    demonstrations: list[tuple[str, str]],
+    learning_rate: float,
+    batch: int,
+    seed: int,
+    label: str,
+) -> None:
+    """One pass of TRL's SFTTrainer, loss on completions alone."""
+    from trl import SFTConfig, SFTTrainer
+
+    dataset = Dataset.from_list([encode(tokenizer, problem, completion) for problem, completion in demonstrations])
+    config: dict[str, Any] = dict(
+        output_dir=str(Path(os.environ.get("TMPDIR", "/tmp")) / "plumbline-coldstart"),
+        per_device_train_batch_size=batch,
+        num_train_epochs=1,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, len(dataset) // batch // 20),
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=20,
+        seed=seed,
+        data_seed=seed,
+        disable_tqdm=True,
+    )
+    print(f"cold start: {len(dataset):,} {label}", flush=True)
+    trainer = SFTTrainer(model=policy, args=SFTConfig(**config), train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, problem: str, completion: str) -> dict[str, Any]:
+    """input_ids, and labels that put the loss on the completion and its end token."""
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    completion_ids = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = [*prompt_ids, *completion_ids]
+    return {"input_ids": ids, "labels": [-100] * len(prompt_ids) + completion_ids, "length": len(ids)}
+
+
+def save(policy: Policy, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """A policy folder; weights in bfloat16, which halves it."""
+    out.mkdir(parents=True, exist_ok=True)
+    policy.to(torch.bfloat16).save_pretrained(out)
+    policy.to(torch.float32)
+    tokenizer.save_pretrained(out)
+    # The tiny policy was never shown an instruction: it gets the bare problem.
+    (out / "prompt.json").write_text(json.dumps({"template": "chat", "system": None, "instruction": ""}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,269 @@
+"""The one typed configuration tree. Every field is documented here and nowhere else.
+
+A run is a YAML file plus dotted overrides (`rollout.prompts_per_step=8`). Unknown keys are refused with the nearest
+valid name. Names carry unit and scope.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from plumbline.errors import InputError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class PolicySection(Section):
+    path: str = Field(
+        "embedded",
+        description="`embedded` (the tiny policy shipped with the package), `smollm2` (extra `smollm2`), a Hugging Face "
+        "folder, a GGUF file, a checkpoint of ours, or a hub id.",
+    )
+    attention: Literal["full", "nsa"] | None = Field(None, description="None keeps the checkpoint's own attention.")
+    device: str = Field("auto", description="`auto` takes a GPU when there is one; else `cpu` or `cuda`.")
+
+
+class PromptSection(Section):
+    template: Literal["chat", "plain"] | None = Field(
+        None, description="`chat` uses the tokenizer's chat template, `plain` the bare text. None: what the policy's folder asks for."
+    )
+    system: str | None = Field(None, description="System message; None: what the policy's folder asks for.")
+    instruction: str | None = Field(
+        None, description="Sentence put after the problem; None: what the policy's folder asks for, else the usual `\\boxed{}` one."
+    )
+    max_tokens: PositiveInt = Field(1024, description="Longer prompts are dropped and counted.")
+
+
+class DataSection(Section):
+    source: str = Field(
+        "procedural:train",
+        description="`procedural:train`, `reasoning-gym:<task>`, a local JSONL / Parquet file, a `datasets` folder, or a hub id.",
+    )
+    split: str | None = Field(None, description="Split of a hub data set; None takes `train` or the only one.")
+    limit: PositiveInt | None = Field(None, description="Keep the first so many problems (for procedural: how many to make).")
+    seed: int = Field(0, description="Seed of procedural problems.")
+    fields: dict[str, str] = Field(default_factory=dict, description="Rename columns: {problem: question, answer: final}.")
+    levels: list[int] | None = Field(None, description="Keep these levels only.")
+    subset: str | None = Field(None, description="A text file of sample ids, one a line: train on these only.")
+
+
+class RolloutSection(Section):
+    engine: Literal["native"] = Field("native", description="`native`: ours, runs NSA and full attention.")
+    workers: PositiveInt = Field(1, description="Rollout actors.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU share that Ray books for each.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPU share that Ray books for each.")
+    threads_per_worker: PositiveInt | None = Field(None, description="Torch CPU threads; None: all cores (they take turns with the learner).")
+    prompts_per_step: PositiveInt = Field(32, description="Prompts a training step.")
+    completions_per_prompt: int = Field(8, ge=2, description="Completions a prompt: the group that advantages compare.")
+    max_new_tokens: PositiveInt = Field(256, description="Longer completions are cut and marked `truncated`.")
+    temperature: float = Field(
+        1.0, gt=0, description="The learner divides logits by the same temperature. top-p/top-k do not exist in training: they bias the ratio."
+    )
+    slots: PositiveInt = Field(256, description="Sequences decoded at once by a worker (cache slots).")
+    timeout_seconds: float = Field(3600, gt=0, description="A step whose rollout takes longer is an error.")
+
+
+class RewardSection(Section):
+    workers: PositiveInt = Field(1, description="Reward actors.")
+    cpus_per_worker: float = Field(0.25, gt=0, description="CPU share that Ray books for each.")
+    processes_per_worker: PositiveInt = Field(1, description="Killable grading processes of each actor.")
+    timeout_seconds: float = Field(2.0, gt=0, description="Time limit of one answer; its verdict is then `timeout`.")
+    memory_gib: float = Field(0.5, gt=0, description="Memory limit of a grading process.")
+    shaping: str = Field("binary", description="`binary`, `limr`, or an import path `package.module:function`.")
+
+
+class ClippingSection(Section):
+    method: Literal["none", "global", "adagc"] = Field("global", description="Gradient clipping.")
+    max_norm: float = Field(1.0, gt=0, description="global: the norm; adagc: lambda_abs of its warm-up.")
+    relative: float = Field(1.05, gt=1, description="adagc: lambda_rel.")
+    beta: float = Field(0.98, gt=0, lt=1, description="adagc: decay of the running norm.")
+    warmup_steps: int = Field(100, ge=0, description="adagc: steps of global clipping before it takes over.")
+
+
+class LearnerSection(Section):
+    cpus: float = Field(1, gt=0, description="CPU share that Ray books.")
+    gpus: float = Field(0, ge=0, description="GPU share that Ray books.")
+    threads: PositiveInt | None = Field(None, description="Torch CPU threads; None: all cores.")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Compute type; master weights stay float32.")
+    learning_rate: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After warm-up; linear and cosine end at 0.")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps from 0 to the full learning rate.")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's.")
+    epochs: PositiveInt = Field(1, description="Passes over each step's batch.")
+    minibatches: PositiveInt = Field(1, description="Optimizer steps a pass.")
+    tokens_per_microbatch: PositiveInt = Field(16384, description="Packed tokens of one forward and backward.")
+    logprob_chunk_tokens: PositiveInt = Field(2048, description="Tokens whose logits exist at once.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    clipping: ClippingSection = Field(default_factory=ClippingSection)
+    max_skipped_steps: int = Field(10, ge=0, description="Optimizer steps with a NaN or Inf gradient are skipped and counted; more in a row stop the run.")
+
+
+class AlgorithmSection(Section):
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = Field("grpo", description="Files in rl/advantages/.")
+    ratio: Literal["token", "sequence"] = Field("token", description="Importance ratio a token (GRPO) or a sequence (GSPO).")
+    aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token", description="Mean over all tokens (DAPO), mean of sequence means (GRPO as published), or sum over max_new_tokens (Dr.GRPO)."
+    )
+    clip_low: float = Field(0.2, ge=0, description="Ratio floor is 1 - clip_low.")
+    clip_high: float = Field(0.2, ge=0, description="Ratio ceiling is 1 + clip_high.")
+    kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the starting policy in the loss; 0 keeps no reference policy.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3")
+
+
+class CheckpointSection(Section):
+    every_steps: int = Field(50, ge=0, description="0: only at the end.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+
+
+class EvaluationSection(Section):
+    source: str | None = Field(None, description="Held-out problems: a benchmark name or any data source.")
+    limit: PositiveInt | None = Field(None)
+    seed: int = Field(0)
+    levels: list[int] | None = Field(None)
+    every_steps: int = Field(0, ge=0, description="Evaluate during training; 0: never.")
+    completions_per_problem: PositiveInt = Field(1)
+    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: PositiveInt | None = Field(None, description="None: the training length.")
+
+
+class SelectionSection(Section):
+    method: Literal["lim"] = Field("lim")
+    variant: Literal["limr", "paper"] = Field("limr", description="The published code's or the paper's definition.")
+    threshold: float = Field(0.6, description="Samples scoring at least this are kept.")
+    prerun_steps: PositiveInt = Field(36, description="Training steps on the full set that record the reward history.")
+
+
+class RaySection(Section):
+    address: str | None = Field(None, description="None: a local cluster, or the job's own inside `ray job submit`.")
+    dashboard: bool = Field(True, description="Ray's dashboard, on the loopback address only.")
+    start_timeout_seconds: float = Field(180, gt=0, description="Deadline for the cluster and every actor to come up.")
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(..., min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; also in the history.")
+    output: str | None = Field(None, description="Folder for everything the run writes; None: runs/<name>.")
+    seed: int = Field(0, ge=0, description="Everything random derives from it.")
+    steps: PositiveInt = Field(100, description="Training steps.")
+    policy: PolicySection = Field(default_factory=PolicySection)
+    prompt: PromptSection = Field(default_factory=PromptSection)
+    data: DataSection = Field(default_factory=DataSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    reward: RewardSection = Field(default_factory=RewardSection)
+    algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
+    learner: LearnerSection = Field(default_factory=LearnerSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    selection: SelectionSection = Field(default_factory=SelectionSection)
+    ray: RaySection = Field(default_factory=RaySection)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+    @field_validator("output")
+    @classmethod
+    def _not_blank(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("output must name a folder")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.learner.minibatches > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"learner.minibatches ({self.learner.minibatches}) must not exceed "
+                f"rollout.prompts_per_step ({self.rollout.prompts_per_step}): a group is never split"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate.
+
+    Raises InputError with one line for a missing or unreadable file, an unknown key (with the nearest valid name) or
+    a value out of range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"config file {path} must hold a mapping of settings, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], *, where: str = "config") -> RunConfig:
+    """Validate a nested dict; InputError on the first problem."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_first_problem(error)}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r} must look like section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads `1e-4` as text; people mean a number.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    dotted = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(dotted, valid_keys(), n=1, cutoff=0.0)
+        leaf = difflib.get_close_matches(dotted.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in valid_keys()], n=1, cutoff=0.75)
+        if leaf and near and near[0].rsplit(".", 1)[-1] != leaf[0]:
+            near = [k for k in valid_keys() if k.rsplit(".", 1)[-1] == leaf[0]][:1]
+        return f"unknown key {dotted!r}; the nearest valid key is {near[0]!r}"
+    if problem["type"] == "missing":
+        return f"{dotted} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted} = {problem['input']!r}: {message}"
+
+
+def valid_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """All dotted keys, in the order of declaration."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += valid_keys(field.annotation, f"{prefix}{name}.")
+    return keys

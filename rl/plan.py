@@ -1,0 +1,103 @@
+"""What a run will do and need, worked out and shown before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from plumbline.models.load import policy_config
+from plumbline.rl.config import RunConfig
+
+TRAINING_RUNS_OF_A_PIPELINE = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes unless named otherwise.
+
+    Attributes:
+        parameters: of the policy.
+        learner: weights, gradients and AdamW's two moments in float32, the reference policy if any, one microbatch.
+        rollout: weights and cache of one worker.
+        transfer: weights in the object store while they pass.
+        disk: checkpoints and completions that will be on disk at once.
+        rollouts: completions of one training run.
+        tokens_per_step: completion tokens of a step at most.
+    """
+
+    parameters: int
+    learner: int
+    rollout: int
+    transfer: int
+    disk: int
+    rollouts: int
+    tokens_per_step: int
+
+    @property
+    def memory(self) -> int:
+        return self.learner + self.transfer + self.rollout
+
+
+def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
+    """Count parameters from the policy's configuration and derive the rest; loads no weights."""
+    shape = policy_config(config.policy.path, attention=config.policy.attention)
+    parameters = count_parameters(shape)
+    heads, dim, layers = shape.num_key_value_heads, shape.head_dim, shape.num_hidden_layers
+    branches = 3 if shape.attention == "nsa" else 1
+    longest = config.prompt.max_tokens + config.rollout.max_new_tokens
+    cache = config.rollout.slots * longest * layers * heads * dim * 2 * branches * 4
+    width = 2 if config.learner.precision == "bfloat16" else 4
+    kept = 2 if config.learner.gradient_checkpointing else 34
+    activations = config.learner.tokens_per_microbatch * shape.hidden_size * layers * kept * width
+    logits = config.learner.logprob_chunk_tokens * shape.vocab_size * 4 * 3
+    reference = 4 * parameters if config.algorithm.kl_coefficient > 0 else 0
+    rollouts = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
+    tokens = rollouts * config.rollout.max_new_tokens
+    checkpoints = 12 * parameters * (config.checkpoint.keep + 1)
+    completions = config.steps * (tokens * 4 + rollouts * 1024)
+    return Plan(
+        parameters=parameters,
+        learner=16 * parameters + reference + activations + logits,
+        rollout=4 * parameters + cache,
+        transfer=4 * parameters,
+        disk=training_runs * (checkpoints + completions),
+        rollouts=rollouts * config.steps,
+        tokens_per_step=tokens,
+    )
+
+
+def count_parameters(shape: object) -> int:
+    """Parameters of a policy configuration, without allocating them."""
+    import torch
+
+    from plumbline.models.policy import Policy
+
+    with torch.device("meta"):
+        policy = Policy(shape)
+    return sum(parameter.numel() for parameter in policy.parameters())
+
+
+def print_plan(config: RunConfig, plan: Plan, samples: int, console: Console, *, title: str) -> None:
+    """One table: who works, on what, how much it takes, where it goes."""
+    rollout, learner = config.rollout, config.learner
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("policy", f"{config.policy.path}, {plan.parameters / 1e6:.2f} M parameters, {learner.precision}, device {config.policy.device}")
+    table.add_row("data", f"{config.data.source}: {samples:,} problems")
+    table.add_row("workers", f"{rollout.workers} rollout, {config.reward.workers} reward ({config.reward.processes_per_worker} process each), 1 learner")
+    table.add_row(
+        "step",
+        f"{rollout.prompts_per_step} prompts x {rollout.completions_per_prompt} completions of at most {rollout.max_new_tokens} tokens "
+        f"= at most {plan.tokens_per_step:,} tokens",
+    )
+    table.add_row("work", f"{config.steps} steps, {plan.rollouts:,} rollouts, {config.algorithm.advantage}, learning rate {learner.learning_rate:g}")
+    table.add_row(
+        "memory",
+        f"at most about {plan.memory / 1e9:.2f} GB for tensors: learner {plan.learner / 1e9:.2f}, "
+        f"each rollout worker {plan.rollout / 1e9:.2f}, weights in transit {plan.transfer / 1e9:.2f}",
+    )
+    table.add_row("output", f"{config.folder}, at most about {plan.disk / 1e9:.2f} GB")
+    console.print(table)

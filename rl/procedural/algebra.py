@@ -1,0 +1,77 @@
+"""Linear equations, functions, sequences and sums."""
+
+from __future__ import annotations
+
+from random import Random
+
+from plumbline.rl.procedural.draft import Draft, number
+
+
+def linear_equations(rng: Random, level: int) -> Draft:
+    """Solve for x: one step at level 1, unknowns on both sides from level 4."""
+    x = rng.randint(*[(1, 9), (1, 12), (-9, 12), (-12, 15), (-20, 30)][level - 1])
+    if level == 1:
+        b = rng.randint(1, 20)
+        return Draft(f"Solve $x+{b}={x + b}$ for $x$.", str(x), f"{x + b}-{b}={x}")
+    a, b = rng.randint(2, 9), rng.randint(1, 30)
+    if level < 4:
+        right = a * x + b
+        return Draft(f"Solve ${a}x+{b}={right}$ for $x$.", str(x), f"{right}-{b}={right - b}, {right - b}/{a}={x}")
+    c = rng.randint(1, a - 1)
+    right = (a - c) * x + b
+    steps = f"{a}-{c}={a - c}, {number(right)}-{b}={right - b}, {right - b}/{a - c}={x}"
+    unknown = f"{c}x" if c > 1 else "x"
+    other = f"{unknown}{right:+d}" if right else unknown
+    return Draft(f"Solve ${a}x+{b}={other}$ for $x$.", str(x), steps)
+
+
+def functions(rng: Random, level: int) -> Draft:
+    """Evaluate a polynomial of degree one or two at a point."""
+    x = rng.randint(*[(1, 9), (2, 12), (-9, 9), (2, 12), (-12, 15)][level - 1])
+    a, b, c = rng.randint(2, 9), rng.randint(1, 20), rng.randint(2, 9)
+    if level < 4:
+        steps = f"{a}*{number(x)}={a * x}, {a * x}+{b}={a * x + b}"
+        return Draft(f"If $f(x)={a}x+{b}$, find $f({x})$.", str(a * x + b), steps)
+    square, middle = x * x, c * x
+    value = a * square + middle + b
+    steps = (
+        f"{number(x)}*{number(x)}={square}, {a}*{square}={a * square}, {c}*{number(x)}={middle}, "
+        f"{a * square}+{number(middle)}={a * square + middle}, {a * square + middle}+{b}={value}"
+    )
+    return Draft(f"If $f(x)={a}x^2+{c}x+{b}$, find $f({x})$.", str(value), steps)
+
+
+def sequences(rng: Random, level: int) -> Draft:
+    """The next term of an arithmetic, geometric or quadratic sequence."""
+    if level in (3, 5):
+        ratio, first = rng.randint(2, 4 if level == 3 else 6), rng.randint(1, 6 if level == 3 else 12)
+        terms = [first * ratio**k for k in range(4)]
+        steps = f"{terms[1]}/{terms[0]}={ratio}, {terms[3]}*{ratio}={terms[3] * ratio}"
+        answer = terms[3] * ratio
+    elif level == 4:
+        first, step, growth = rng.randint(1, 20), rng.randint(1, 9), rng.randint(1, 5)
+        terms = [first]
+        for k in range(4):
+            terms.append(terms[-1] + step + k * growth)
+        last = terms[3] - terms[2]
+        steps = f"{terms[3]}-{terms[2]}={last}, {terms[2]}-{terms[1]}={last - growth}, {last}+{growth}={last + growth}, {terms[3]}+{last + growth}={terms[4]}"
+        answer = terms.pop()
+    else:
+        span = 9 if level == 1 else 25
+        first, step = rng.randint(1, 30 if level == 1 else 80), rng.randint(1, span) * (1 if level == 1 else rng.choice((1, -1)))
+        terms = [first + k * step for k in range(4)]
+        steps = f"{number(terms[1])}-{number(terms[0])}={step}, {terms[3]}+{number(step)}={terms[3] + step}"
+        answer = terms[3] + step
+    shown = ", ".join(str(term) for term in terms)
+    return Draft(f"Find the next term of ${shown}$.", str(answer), steps)
+
+
+def sums(rng: Random, level: int) -> Draft:
+    """1 + 2 + ... + n and sums of three numbers."""
+    if level in (1, 3):
+        low, high = ((1, 9), (10, 60))[level // 3]
+        a, b, c = (rng.randint(low, high) for _ in range(3))
+        return Draft(f"Compute ${a}+{b}+{c}$.", str(a + b + c), f"{a}+{b}={a + b}, {a + b}+{c}={a + b + c}")
+    n = rng.randint(*[(5, 12), (0, 0), (13, 50), (51, 200)][level - 2])
+    product = n * (n + 1)
+    return Draft(f"Compute $1+2+\\cdots+{n}$.", str(product // 2), f"{n}*{n + 1}={product}, {product}/2={product // 2}")

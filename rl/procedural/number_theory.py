@@ -1,0 +1,55 @@
+"""Remainders, greatest common divisors, least common multiples, modular powers."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+from plumbline.rl.procedural.draft import Draft
+
+
+def remainders(rng: Random, level: int) -> Draft:
+    """The remainder of a division."""
+    low, high, top = [(5, 30, 5), (20, 99, 9), (50, 200, 9), (100, 999, 12), (1000, 9999, 19)][level - 1]
+    m = rng.randint(3, top)
+    a = rng.randint(low, high)
+    quotient, rest = divmod(a, m)
+    steps = f"{m}*{quotient}={m * quotient}, {a}-{m * quotient}={rest}"
+    return Draft(f"Find the remainder when ${a}$ is divided by ${m}$.", str(rest), steps)
+
+
+def greatest_common_divisors(rng: Random, level: int) -> Draft:
+    """gcd by Euclid's algorithm."""
+    factor = rng.randint(1, [5, 9, 12, 15, 25][level - 1])
+    span = [5, 9, 12, 25, 40][level - 1]
+    a, b = factor * rng.randint(2, span), factor * rng.randint(2, span)
+    steps = _euclid(a, b)
+    return Draft(f"Find $\\gcd({a}, {b})$.", str(math.gcd(a, b)), ", ".join(steps))
+
+
+def least_common_multiples(rng: Random, level: int) -> Draft:
+    """lcm as the product over the gcd."""
+    top = [6, 10, 15, 24, 40][level - 1]
+    a, b = rng.randint(2, top), rng.randint(2, top)
+    divisor, product = math.gcd(a, b), a * b
+    steps = [*_euclid(a, b), f"{a}*{b}={product}", f"{product}/{divisor}={product // divisor}"]
+    return Draft(f"Find the least common multiple of ${a}$ and ${b}$.", str(product // divisor), ", ".join(steps))
+
+
+def modular_products(rng: Random, level: int) -> Draft:
+    """a b mod m."""
+    low, high, top = [(2, 6, 5), (3, 9, 7), (5, 15, 9), (11, 30, 12), (20, 60, 19)][level - 1]
+    a, b, m = rng.randint(low, high), rng.randint(low, high), rng.randint(3, top)
+    product = a * b
+    quotient, rest = divmod(product, m)
+    steps = f"{a}*{b}={product}, {m}*{quotient}={m * quotient}, {product}-{m * quotient}={rest}"
+    return Draft(f"Compute ${a}\\times{b} \\bmod {m}$.", str(rest), steps)
+
+
+def _euclid(a: int, b: int) -> list[str]:
+    a, b = max(a, b), min(a, b)
+    steps = []
+    while b:
+        steps.append(f"{a} mod {b}={a % b}")
+        a, b = b, a % b
+    return [*steps, f"gcd {a}"]

@@ -1,0 +1,115 @@
+"""What a step leaves behind: history rows, the completions themselves, the training batch, the metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plumbline.rl import advantages
+from plumbline.rl.batch import Group, TrainingBatch
+
+
+def history_rows(groups: list[Group], step: int) -> list[dict[str, Any]]:
+    """One row a completion, with the columns of selection/history.py."""
+    return [
+        {
+            "step": step,
+            "epoch": group.prompt.epoch,
+            "sample_id": group.prompt.sample_id,
+            "rollout": number,
+            "policy_version": group.policy_version,
+            "reward": group.rewards[number],
+            "correct": group.correct[number],
+            "reason": group.reasons[number],
+            "tokens": len(completion.token_ids),
+            "truncated": completion.truncated,
+            "mean_logprob": sum(completion.logprobs) / len(completion.logprobs),
+        }
+        for group in groups
+        for number, completion in enumerate(group.completions)
+    ]
+
+
+class CompletionLog:
+    """Every completion with its verdict, one JSONL file a step (what `plumbline check` reads).
+
+    Args:
+        folder: made if absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, groups: list[Group]) -> None:
+        path = self.folder / f"step-{step:06d}.jsonl"
+        partial = path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            for group in groups:
+                for number, completion in enumerate(group.completions):
+                    row = {
+                        "step": step,
+                        "sample_id": group.prompt.sample_id,
+                        "rollout": number,
+                        "problem": group.prompt.text,
+                        "response": completion.text,
+                        "gold": group.prompt.gold,
+                        "answer": group.answers[number],
+                        "reward": group.rewards[number],
+                        "correct": group.correct[number],
+                        "reason": group.reasons[number],
+                        "tokens": len(completion.token_ids),
+                        "truncated": completion.truncated,
+                    }
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+
+    def drop_after(self, step: int) -> None:
+        """Remove the files of later steps."""
+        for path in self.folder.glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+
+def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
+    """Groups of one size, in order, with their advantages."""
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+    values = getattr(advantages, advantage)(rewards)
+    completions = [completion for group in groups for completion in group.completions]
+    return TrainingBatch(
+        prompt_ids=[group.prompt.token_ids for group in groups for _ in group.completions],
+        completion_ids=[completion.token_ids for completion in completions],
+        logprobs=[completion.logprobs for completion in completions],
+        advantages=values.flatten().tolist(),
+        group_size=rewards.shape[1],
+    )
+
+
+def step_metrics(groups: list[Group], batch: TrainingBatch, rollout_seconds: float, step_seconds: float) -> dict[str, float]:
+    """Averages over the step's completions; seconds; completion tokens a second of rollout and grading."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    correct = [value for group in groups for value in group.correct]
+    reasons = Counter(reason for group in groups for reason in group.reasons)
+    lengths = [len(ids) for ids in batch.completion_ids]
+    truncated = [completion.truncated for group in groups for completion in group.completions]
+    flat = sum(len(set(group.rewards)) == 1 for group in groups)
+    n = len(rewards)
+    metrics = {
+        "reward/mean": sum(rewards) / n,
+        "reward/correct": sum(correct) / n,
+        "reward/groups_without_signal": flat / len(groups),
+        "rollout/completion_tokens": sum(lengths) / n,
+        "rollout/truncated": sum(truncated) / n,
+        "rollout/tokens_per_second": sum(lengths) / max(rollout_seconds, 1e-9),
+        "rollout/completions": float(n),
+        "time/rollout_seconds": rollout_seconds,
+        "time/step_seconds": step_seconds,
+    }
+    for reason in ("no_answer", "malformed", "timeout", "bad_gold", "error"):
+        metrics[f"grader/{reason}"] = reasons[reason] / n
+    return metrics

@@ -1,0 +1,88 @@
+"""What a run says while it works: metrics.jsonl, TensorBoard, and one progress line."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Telemetry:
+    """Writes each step's metrics to folder/metrics.jsonl and folder/tensorboard, and keeps a progress line.
+
+    Args:
+        folder: the run's.
+        label: shown before the bar.
+        start: steps already done; later rows of an earlier attempt are dropped.
+        total: steps in all.
+        console: where the line goes; on a terminal it updates in place, elsewhere a plain line comes now and then.
+    """
+
+    def __init__(self, folder: Path, label: str, start: int, total: int, console: Console) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder) if row["step"] <= start]
+        self.file = self.path.open("w", encoding="utf-8")
+        for row in kept:
+            self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.console = console
+        self.label = label
+        self.total = total
+        self.last_line = 0.0
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(label, total=total, completed=start, figures="starting")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record one step (counted from 1)."""
+        row = {"step": step, "time": time.time(), **metrics}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        figures = f"reward {metrics['reward/mean']:.3f}  correct {metrics['reward/correct']:.1%}  {metrics['rollout/tokens_per_second']:,.0f} tok/s"
+        self.progress.update(self.task, completed=step, figures=figures)
+        now = time.monotonic()
+        if not self.console.is_terminal and (step == self.total or now - self.last_line > 10):
+            self.last_line = now
+            left = (self.total - step) * metrics["time/step_seconds"]
+            self.console.print(f"{self.label}  step {step}/{self.total}  {figures}  ETA {left:.0f} s", highlight=False)
+
+    def __enter__(self) -> Telemetry:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a torn last line (the process was killed) is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,84 @@
+"""Between problems and token ids: the prompt a policy wants to see, and what its tokens say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from plumbline.errors import InputError
+from plumbline.models.load import load_tokenizer, policy_folder
+from plumbline.rl.config import PromptSection
+
+PROMPT_FILE = "prompt.json"
+
+
+class PromptStyle(BaseModel):
+    """How a policy is asked. Saved beside its weights as prompt.json, so that evaluation asks as training did.
+
+    Attributes:
+        template: `chat` (the tokenizer's chat template) or `plain`; None: chat if the tokenizer has a template.
+        system: the system message, if any.
+        instruction: put after the problem, on its own paragraph, unless empty.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: Literal["chat", "plain"] | None = None
+    system: str | None = None
+    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    @classmethod
+    def read(cls, folder: Path, overrides: PromptSection | None = None) -> PromptStyle:
+        """The style in folder/prompt.json, or the defaults, with what the config sets put on top."""
+        path = folder / PROMPT_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            style = cls.model_validate(values)
+        except (OSError, ValueError, ValidationError) as error:
+            raise InputError(f"{path} is not a prompt style: {' '.join(str(error).split())}") from None
+        if overrides is not None:
+            chosen = overrides.model_dump(include={"template", "system", "instruction"}, exclude_none=True)
+            style = style.model_copy(update=chosen)
+        return style
+
+
+class Codec:
+    """A policy's tokenizer and prompt style.
+
+    Args:
+        path: policy path, as for load_tokenizer.
+        style: None reads the folder's own.
+        overrides: the config's prompt section.
+    """
+
+    def __init__(self, path: str, *, style: PromptStyle | None = None, overrides: PromptSection | None = None) -> None:
+        self.tokenizer: Any = load_tokenizer(path)
+        self.style = style or PromptStyle.read(policy_folder(path), overrides)
+        template = self.style.template or ("chat" if self.tokenizer.chat_template else "plain")
+        if template == "chat" and not self.tokenizer.chat_template:
+            raise InputError(f"prompt.template is chat, but the tokenizer of {path} has no chat template; use plain")
+        self.chat = template == "chat"
+        if self.tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {path} has no end-of-sequence token; a completion could never end")
+        self.end_ids = frozenset([self.tokenizer.eos_token_id])
+
+    def encode(self, problem: str) -> list[int]:
+        """Token ids of the whole prompt."""
+        text = f"{problem}\n\n{self.style.instruction}" if self.style.instruction else problem
+        if not self.chat:
+            return list(self.tokenizer(text)["input_ids"])
+        messages = [{"role": "system", "content": self.style.system}] if self.style.system else []
+        messages.append({"role": "user", "content": text})
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Tokenizer and prompt style into a policy folder."""
+        self.tokenizer.save_pretrained(folder)
+        (folder / PROMPT_FILE).write_text(self.style.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from plumbline.kernels.nsa import DecodePlan, Layout, NSACache, PhiParams, decode_step, native_sparse_attention
 from plumbline.models.cache import FullCache, StepPlan
 from plumbline.models.config import PolicyConfig
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on [T, H, D] with cos, sin [T, 1, D]."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+from plumbline.models.rope import rotate
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +55,9 @@ class FullAttention(Attention):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config, branches=1)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[FullCache, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[FullCache, Tensor] | None
+    ) -> Tensor:
         q, [(k, v)] = self.project(x, cos, sin)
         if store is not None:
             cache, slots = store
@@ -90,7 +87,9 @@ class SparseAttention(Attention):
         self.nsa = config.nsa_config
         self.gate_proj = nn.Linear(config.hidden_size, self.heads * 3)
         heads, dim, block = self.kv_heads, self.dim, self.nsa.block
-        shape = {"linear": (heads, block, dim, dim), "mean": (heads, block), "mlp": (heads, block + 1, dim, dim)}[self.nsa.phi]
+        shape = {"linear": (heads, block, dim, dim), "mean": (heads, block), "mlp": (heads, block + 1, dim, dim)}[
+            self.nsa.phi
+        ]
         self.phi_k_weight = nn.Parameter(torch.empty(shape))
         self.phi_k_position = nn.Parameter(torch.zeros(heads, block, dim))
         self.phi_v_weight = nn.Parameter(torch.empty(shape))
@@ -117,12 +116,16 @@ class SparseAttention(Attention):
     def gates(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, 3))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[NSACache, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[NSACache, Tensor] | None
+    ) -> Tensor:
         q, (cmp, slc, win) = self.project(x, cos, sin)
         if store is not None:
             cache, slots = store
             cache.prefill(slots, cmp, slc, win, layout, self.phi)
-        out = native_sparse_attention(q, cmp, slc, win, self.gates(x), layout.cu_seqlens, self.phi, self.nsa, layout=layout)
+        out = native_sparse_attention(
+            q, cmp, slc, win, self.gates(x), layout.cu_seqlens, self.phi, self.nsa, layout=layout
+        )
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 
@@ -134,5 +137,8 @@ class SparseAttention(Attention):
 
 
 def open_gate_bias(heads: int) -> Tensor:
-    """Gate biases of a converted dense checkpoint: (0, 1, 0) for (cmp, slc, win), to within 1e-8, yet not beyond training."""
+    """Gate biases of a converted dense checkpoint, [3 heads]: gates (0, 1, 0) for (cmp, slc, win) to within 1e-8.
+
+    In float32 the sigmoid is then exactly 1 and 1e-8: below the rounding of the sum, yet its gradient is not zero.
+    """
     return torch.tensor([-math.log(1e8), math.log(1e8), -math.log(1e8)]).repeat(heads)

@@ -12,7 +12,9 @@ from plumbline.models.config import PolicyConfig
 class FullCache:
     """Keys and values of one full-attention layer: k, v [slots, Hkv, max_length, D]."""
 
-    def __init__(self, slots: int, max_length: int, heads: int, dim: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, slots: int, max_length: int, heads: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         self.k = torch.zeros(slots, heads, max_length, dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
 
@@ -44,7 +46,9 @@ class PolicyCache:
         layers: FullCache or NSACache of each layer.
     """
 
-    def __init__(self, config: PolicyConfig, slots: int, max_length: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: PolicyConfig, slots: int, max_length: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         if slots < 1 or max_length < 1:
             raise ValueError(f"slots ({slots}) and max_length ({max_length}) must be at least 1")
         self.config, self.max_length = config, max_length

@@ -8,6 +8,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from plumbline.kernels.nsa import NSAConfig
 
+# Scalings whose frequencies depend on positions alone. `dynamic` and `longrope` depend on the longest sequence of
+# a batch, so a sequence's logits would depend on its neighbours, and cached keys would turn stale.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
 # Architectures that load_policy understands, and what each adds to the common decoder.
 ARCHITECTURES: dict[str, dict[str, bool]] = {
     "llama": {},
@@ -24,6 +28,9 @@ class PolicyConfig(PretrainedConfig):
         qkv_bias: biases on the query, key and value projections (Qwen2).
         qk_norm: RMSNorm on each query and key head (Qwen3).
         rope_parameters: as transformers 5 has them: rope_theta, rope_type and the scaling's own settings.
+
+    Raises:
+        ValueError: attention, rope_type, head counts or NSA settings that do not fit.
     """
 
     model_type = "plumbline"
@@ -56,8 +63,17 @@ class PolicyConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(rope_parameters or {})}
+        if self.rope_parameters["rope_type"] not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be {', '.join(ROPE_TYPES)}, got {self.rope_parameters['rope_type']!r}")
         self.rms_norm_eps = rms_norm_eps
+        if num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({num_attention_heads}) must be a multiple "
+                f"of num_key_value_heads ({num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
         if attention not in ("full", "nsa"):
             raise ValueError(f"attention must be full or nsa, got {attention!r}")
         self.attention = attention
@@ -66,7 +82,7 @@ class PolicyConfig(PretrainedConfig):
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.initializer_range = initializer_range
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
 
     @property
     def nsa_config(self) -> NSAConfig:
@@ -84,16 +100,17 @@ def from_public(config: PretrainedConfig) -> PolicyConfig:
         raise ValueError(f"{kind} with mlp_bias is not supported")
     if getattr(config, "use_sliding_window", False):
         raise ValueError(f"{kind} with use_sliding_window is not supported")
-    shared = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-    ).split()
-    values = {name: getattr(config, name, None) for name in shared}
+    shared = [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    ]
+    values: dict[str, Any] = {name: getattr(config, name, None) for name in shared}
     head_dim = getattr(config, "head_dim", None)
-    extras = dict(ARCHITECTURES[kind])
     if getattr(config, "attention_bias", False):
         raise ValueError(f"{kind} with attention_bias is not supported")
-    return PolicyConfig(head_dim=head_dim, rope_parameters=dict(config.rope_parameters), **values, **extras)
+    values |= ARCHITECTURES[kind]
+    return PolicyConfig(head_dim=head_dim, rope_parameters=dict(config.rope_parameters), **values)
 
 
 AutoConfig.register("plumbline", PolicyConfig)

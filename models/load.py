@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
@@ -25,7 +25,11 @@ EMBEDDED = Path(__file__).resolve().parent / "embedded"
 
 
 def load_policy(
-    path: str | Path, *, attention: str | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    attention: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> Policy:
     """A policy with its weights.
 
@@ -54,8 +58,8 @@ def load_policy(
     policy = _empty(config, target, device)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            parameter.copy_(tensors[name])
-    return policy
+            parameter.copy_(tensors.pop(name))
+    return policy.eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -74,7 +78,9 @@ def policy_config(path: str | Path, *, attention: str | None = None) -> PolicyCo
         if attention not in ("full", "nsa"):
             raise ValueError(f"attention must be full or nsa, got {attention!r}")
         if attention == "full":
-            raise ValueError(f"{path} was made with nsa attention, which has no full-attention weights; leave attention unset")
+            raise ValueError(
+                f"{path} was made with nsa attention, which has no full-attention weights; leave attention unset"
+            )
         config.attention = "nsa"
     return config
 
@@ -84,7 +90,9 @@ def policy_folder(path: str | Path) -> Path:
     text = str(path)
     if text == "embedded":
         if not (EMBEDDED / "config.json").exists():
-            raise FileNotFoundError(f"the embedded policy is not in {EMBEDDED}; build it with `plumbline build-embedded`")
+            raise FileNotFoundError(
+                f"the embedded policy is not in {EMBEDDED}; build it with `plumbline build-embedded`"
+            )
         return EMBEDDED
     if text == "smollm2":
         return _converted(_smollm2_file())
@@ -102,7 +110,9 @@ def policy_folder(path: str | Path) -> Path:
         return _converted(local)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text)
-    raise FileNotFoundError(f"unknown model {text!r}: no such folder; use embedded, smollm2, a folder, a .gguf file or a hub id (owner/name)")
+    raise FileNotFoundError(
+        f"unknown model {text!r}: no such folder; use embedded, smollm2, a folder, a .gguf file or a hub id owner/name"
+    )
 
 
 def cache_folder() -> Path:
@@ -123,7 +133,7 @@ def _smollm2_file() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The bf16 Hugging Face folder of a GGUF file: dequantised once, then kept. An interrupted conversion is not used."""
+    """The bf16 folder of a GGUF file: dequantised once, then kept. An interrupted conversion is never used."""
     stamp = gguf.stat()
     name = hashlib.sha256(f"{gguf.resolve()}/{stamp.st_size}/{stamp.st_mtime_ns}".encode()).hexdigest()[:12]
     final = cache_folder() / f"{gguf.stem}-{name}"
@@ -138,7 +148,11 @@ def _converted(gguf: Path) -> Path:
     try:
         where, file = str(gguf.resolve().parent), gguf.name
         # Newer transformers keep GGUF blocks packed unless told otherwise.
-        packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+        packed = (
+            {"quantization_config": transformers.GgufConfig(dequantize=True)}
+            if hasattr(transformers, "GgufConfig")
+            else {}
+        )
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.bfloat16, **packed)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -165,7 +179,9 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"unknown model {name!r}: no such folder, and the hub does not give it ({_line(error)})") from None
+        raise FileNotFoundError(
+            f"unknown model {name!r}: no such folder, and the hub does not give it ({_line(error)})"
+        ) from None
 
 
 def _stored_config(folder: Path) -> PolicyConfig:
@@ -178,19 +194,34 @@ def _stored_config(folder: Path) -> PolicyConfig:
     try:
         public = AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError):
-        raise ValueError(f"unknown architecture {kind!r} in {folder}; supported: llama, qwen2, qwen3, plumbline") from None
+        raise ValueError(
+            f"unknown architecture {kind!r} in {folder}; supported: llama, qwen2, qwen3, plumbline"
+        ) from None
     return from_public(public)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        with safe_open(str(file), framework="pt") as archive:
-            for name in archive.keys():  # noqa: SIM118 (not a dict)
-                tensors[name] = archive.get_tensor(name)
+        if not file.exists():
+            raise FileNotFoundError(f"{folder} lacks {file.name}, which {index.name} lists")
+        try:
+            with safe_open(str(file), framework="pt") as archive:
+                for name in archive.keys():  # noqa: SIM118 (not a dict)
+                    # Old checkpoints store the rotary frequencies, which follow from the configuration.
+                    if not name.endswith("rotary_emb.inv_freq"):
+                        tensors[name] = archive.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read: {_line(error)}") from None
     return tensors
 
 
@@ -219,7 +250,9 @@ def _check(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None:
         if name not in tensors:
             raise ValueError(f"{folder} lacks the tensor {name} {list(shape)}")
         if tensors[name].shape != shape:
-            raise ValueError(f"{folder}: {name} is {list(tensors[name].shape)}, but its config.json makes it {list(shape)}")
+            raise ValueError(
+                f"{folder}: {name} is {list(tensors[name].shape)}, but its config.json makes it {list(shape)}"
+            )
     surplus = sorted(set(tensors) - set(wanted) - {"lm_head.weight"})
     if surplus:
         raise ValueError(f"{folder} holds tensors that its architecture lacks: {', '.join(surplus[:3])}")
@@ -232,7 +265,7 @@ def _empty(config: PolicyConfig, dtype: torch.dtype, device: str | torch.device)
     with no_init_weights():
         policy = Policy(config)
     policy.tie_weights()
-    return policy.to(device=device, dtype=dtype)
+    return policy.to(device=device, dtype=dtype)  # type: ignore[call-arg]
 
 
 def _line(error: Exception) -> str:

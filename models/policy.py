@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from plumbline.kernels.nsa import Layout
 from plumbline.models.attention import FullAttention, RMSNorm, SparseAttention
 from plumbline.models.cache import PolicyCache
 from plumbline.models.config import PolicyConfig
+from plumbline.models.rope import Rope
+
+GROUP_TOKENS = 2048
+
+# A cache to fill, and the slot of each sequence.
+Store = tuple[PolicyCache, Tensor]
 
 
 class MLP(nn.Module):
@@ -56,35 +61,71 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rope = Rope(config)
         self.gradient_checkpointing = False
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """transformers' convention: input_ids [B, L], padded on either side -> last_hidden_state [B, L, hidden]."""
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        """What transformers' trainers call on the base model: see read_batch."""
+        return BaseModelOutput(self.read_batch(*args, **kwargs))  # type: ignore[arg-type]
+
+    def read_batch(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """transformers' convention: input_ids [B, L], padded on either side -> hidden states [B, L, hidden].
+
+        Without an attention_mask, position_ids that return to 0 inside a row start a new sequence there (the
+        padding-free batches of transformers and TRL). Padding of a left-padded batch comes back as zeros.
+        """
         batch, length = input_ids.shape
-        if attention_mask is None or bool(attention_mask[:, 0].all()):
+        if attention_mask is None and position_ids is not None:
+            position_ids = position_ids.expand(batch, length)
+            if bool((position_ids[:, 0] != 0).any()):
+                raise ValueError("position_ids must start at 0 in every row; cached keys are not supported here")
+            starts = (position_ids.flatten() == 0).nonzero().squeeze(1)
+            ends = F.pad(starts, (0, 1), value=batch * length).int()
+            return self.run(input_ids.flatten(), ends).view(batch, length, -1)
+        if attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             # Padding on the right cannot be seen by what comes before it.
             ends = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
-            return BaseModelOutput(last_hidden_state=self.run(input_ids.flatten(), ends).view(batch, length, -1))
+            return self.run(input_ids.flatten(), ends).view(batch, length, -1)
         real = attention_mask.bool()
         packed = self.run(input_ids[real], F.pad(real.sum(1).cumsum(0), (1, 0)).int())
         hidden = packed.new_zeros(batch, length, packed.shape[-1])
         hidden[real] = packed
-        return BaseModelOutput(last_hidden_state=hidden)
+        return hidden
 
-    def run(self, input_ids: Tensor, cu_seqlens: Tensor, store: tuple[PolicyCache, Tensor] | None = None) -> Tensor:
+    def run(self, input_ids: Tensor, cu_seqlens: Tensor, store: Store | None = None) -> Tensor:
         """Packed [T], [B+1] int32 -> [T, hidden] after the final norm; with a store (cache, slots), also fills it."""
-        packed = Layout(cu_seqlens)
-        if packed.tokens != input_ids.shape[0]:
-            raise ValueError(f"cu_seqlens ends at {packed.tokens}, but there are {input_ids.shape[0]} input_ids")
-        if packed.tokens == 0:
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        tokens = sum(lengths)
+        if tokens != input_ids.shape[0]:
+            raise ValueError(f"cu_seqlens ends at {tokens}, but there are {input_ids.shape[0]} input_ids")
+        if tokens == 0:
             return self.norm(self.embed_tokens(input_ids))
+        groups = like_lengths(lengths)
+        if len(groups) == 1 and len(groups[0]) == len(lengths):
+            return self._run_padded(input_ids, Layout(cu_seqlens), store)
+        parts, rows = [], []
+        for group in groups:
+            members = torch.tensor(group, device=input_ids.device)
+            layout = Layout(F.pad((cu_seqlens.diff()[members]).cumsum(0), (1, 0)).int())
+            starts = (cu_seqlens[members].long() - layout.cu_seqlens[:-1].long()).repeat_interleave(layout.lengths)
+            rows.append(starts + torch.arange(layout.tokens, device=input_ids.device))
+            parts.append(
+                self._run_padded(input_ids[rows[-1]], layout, (store[0], store[1][members]) if store else None)
+            )
+        back = torch.cat(rows).argsort()
+        return torch.cat(parts)[back]
+
+    def _run_padded(self, input_ids: Tensor, packed: Layout, store: Store | None) -> Tensor:
         # Sequences padded to one length (causality keeps padding out of them) make every layer's layout a view.
         ids = packed.pad(input_ids[:, None])[:, 0].flatten()
         batch, length = len(packed.lengths), packed.longest
-        layout = packed if packed.uniform else Layout(torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * length)
+        layout = (
+            packed if packed.uniform else Layout(torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * length)
+        )
         x = self.embed_tokens(ids)
-        cos, sin = self.rope(x, torch.arange(length, device=ids.device).repeat(batch))
+        cos, sin = self.rope(torch.arange(length, device=ids.device).repeat(batch), x.dtype)
         for number, layer in enumerate(self.layers):
             kept = (store[0].layers[number], store[1]) if store is not None else None
             if self.gradient_checkpointing and self.training and kept is None:
@@ -98,15 +139,33 @@ class Decoder(nn.Module):
         """Append one token [B] to each slot [B]; returns [B, hidden] after the final norm."""
         plan = cache.plan(slots)
         x = self.embed_tokens(tokens)
-        cos, sin = self.rope(x, plan.position)
+        cos, sin = self.rope(plan.position, x.dtype)
+        layer: Any
         for layer, store in zip(self.layers, cache.layers, strict=True):
             x = layer.step(x, cos, sin, store, plan)
         cache.lengths[slots] += 1
         return self.norm(x)
 
-    def rope(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rotary(x, positions[None])
-        return cos[0, :, None], sin[0, :, None]
+
+def like_lengths(lengths: list[int]) -> list[list[int]]:
+    """Sequence numbers in groups to be padded together, so that padding at most about doubles the tokens.
+
+    Longest first; a sequence under half its group's longest opens a new group, if that spares GROUP_TOKENS or more of
+    padding (what the overhead of one more pass through the layers is worth). Empty sequences are in no group.
+    """
+    order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    first = 0
+    while first < len(order):
+        longest = lengths[order[first]]
+        last = first
+        while last < len(order) and 2 * lengths[order[last]] >= longest:
+            last += 1
+        if last < len(order) and (len(order) - last) * (longest - lengths[order[last]]) < GROUP_TOKENS:
+            last = len(order)
+        groups.append(sorted(order[first:last]))
+        first = last
+    return groups
 
 
 class Policy(PreTrainedModel, GenerationMixin):
@@ -117,6 +176,8 @@ class Policy(PreTrainedModel, GenerationMixin):
     """
 
     config_class = PolicyConfig
+    config: PolicyConfig
+    model: Decoder
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Layer"]  # noqa: RUF012 (transformers' name and type)
@@ -136,39 +197,32 @@ class Policy(PreTrainedModel, GenerationMixin):
         elif isinstance(module, SparseAttention):
             module.reset_phi()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: Tensor,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | CausalLMOutput:
-        """Packed (1-D input_ids with cu_seqlens) -> logits [T, vocab]; 2-D input_ids -> CausalLMOutput.
+        """Packed (1-D input_ids with cu_seqlens) -> logits [T, vocab]; 2-D input_ids -> CausalLMOutput (see Decoder).
 
-        Raises ValueError for token ids or cu_seqlens that do not fit.
+        Raises ValueError for cu_seqlens or position_ids that do not fit.
         """
         if input_ids.ndim == 1:
             if cu_seqlens is None:
                 raise ValueError("packed input_ids [T] need cu_seqlens [B+1]")
             return self.lm_head(self.hidden_states(input_ids, cu_seqlens))
-        logits = self.lm_head(self.model(input_ids, attention_mask).last_hidden_state)
+        logits = self.lm_head(self.model.read_batch(input_ids, attention_mask, position_ids))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *_: Any, **kwargs: Any) -> dict[str, Tensor | None]:
+        """`generate` reads the whole sequence again for each token; prefill and decode are the fast way."""
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def hidden_states(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[T], [B+1] int32 -> [T, hidden] after the final norm."""
@@ -182,6 +236,8 @@ class Policy(PreTrainedModel, GenerationMixin):
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         if int(lengths.min()) < 1:
             raise ValueError("an empty prompt has no last token")
+        if int(lengths.max()) > cache.max_length:
+            raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit a cache of {cache.max_length}")
         hidden = self.model.run(input_ids, cu_seqlens, (cache, slots))
         cache.lengths[slots] = lengths
         return self.lm_head(hidden[cu_seqlens[1:].long() - 1])

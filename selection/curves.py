@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from plumbline.selection.segments import iterate_stored, read_samples, runs
 
@@ -44,22 +45,19 @@ def curves(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     names = [run] if isinstance(run, str) else list(run) if run is not None else [only_run(folder)]
     ids, codes_of = _merged_samples(folder, names)
-    sums = np.zeros((0, len(ids)))
-    counts = np.zeros((0, len(ids)), dtype=np.int32)
+    wide = epochs if epochs is not None else 1 + max(_last_epoch(folder, name) for name in names)
+    # Epoch by epoch, so that rows of one stretch of training fall close together in memory.
+    sums = np.zeros((wide, len(ids)))
+    counts = np.zeros((wide, len(ids)), dtype=np.int32)
     for name in names:
         lookup = codes_of[name]
         for batches in _gathered(folder, name):
             table = pa.Table.from_batches([batch.select(["epoch", "sample", value]) for batch in batches])
             epoch = table.column("epoch").to_numpy()
-            wide = int(epoch.max()) + 1 if epochs is None else epochs
-            if wide > len(sums):
-                # Epoch by epoch, rows of one stretch of training fall close together in memory.
-                sums = np.concatenate([sums, np.zeros((wide - len(sums), len(ids)))])
-                counts = np.concatenate([counts, np.zeros((wide - len(counts), len(ids)), np.int32)])
             sample = table.column("sample").to_numpy()
             earned = table.column(value)
             weight = (earned.cast(pa.uint8()) if value == "correct" else earned).to_numpy().astype(np.float64)
-            # Samples first seen after reading began have no place yet; their rows belong to the next reading.
+            # Samples and epochs first seen after reading began have no place; their rows belong to the next reading.
             known = len(ids) if lookup is None else len(lookup)
             wanted = (sample < known) & (epoch < wide)
             if not wanted.all():
@@ -101,6 +99,10 @@ def _merged_samples(folder: str | Path, names: list[str]) -> tuple[list[str], di
         own = read_samples(folder, name)
         lookup[name] = np.array([place.setdefault(sample_id, len(place)) for sample_id in own], dtype=np.int64)
     return list(place), lookup
+
+
+def _last_epoch(folder: str | Path, name: str) -> int:
+    return max((pc.max(batch.column("epoch")).as_py() for batch in iterate_stored(folder, name)), default=-1)
 
 
 def _gathered(folder: str | Path, name: str) -> Iterator[list[pa.RecordBatch]]:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from plumbline.models.config import PolicyConfig, from_public
 from plumbline.models.policy import Policy
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 
 
@@ -28,6 +29,7 @@ def load_policy(
     path: str | Path,
     *,
     attention: str | None = None,
+    nsa: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Policy:
@@ -38,6 +40,7 @@ def load_policy(
             Llama, Qwen2/2.5 or Qwen3 shape (SmolLM is Llama's), a folder of ours, or a hub id.
         attention: `full` or `nsa`; None keeps the checkpoint's. `nsa` on a dense checkpoint copies its keys and values
             to the three branches with gates (0, 1, 0): the same function up to count x select_block tokens.
+        nsa: settings of NSAConfig other than the defaults, for a dense checkpoint made sparse.
         dtype: None keeps the checkpoint's.
         device: torch device.
 
@@ -47,7 +50,7 @@ def load_policy(
     """
     folder = policy_folder(path)
     stored = _stored_config(folder)
-    config = policy_config(path, attention=attention)
+    config = policy_config(path, attention=attention, nsa=nsa)
     tensors = _read_tensors(folder)
     if config.attention == "nsa" and stored.attention == "full":
         tensors = _to_sparse(tensors, config)
@@ -55,33 +58,43 @@ def load_policy(
     with torch.device("meta"):
         policy = Policy(config)
     _check(policy, tensors, folder)
-    policy = _empty(config, target, device)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameter.copy_(tensors.pop(name))
+    # Copies: what safetensors gives is mapped from the file, which a later checkpoint may replace.
+    own = {name: tensors.pop(name).to(device, target, copy=True) for name, _ in policy.named_parameters()}
+    policy.load_state_dict(own, assign=True, strict=False)  # a tied lm_head is not among them
+    policy.tie_weights()
     return policy.eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The transformers tokenizer of a policy (same names as load_policy)."""
+    """The transformers tokenizer of a policy (same names as load_policy).
+
+    Raises:
+        FileNotFoundError: no such folder, or none of TOKENIZER_FILES in it.
+        ValueError: a tokenizer that cannot be read.
+    """
     folder = policy_folder(path)
+    # transformers makes an empty tokenizer of a folder without one.
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer can be read from {folder}: {_line(error)}") from None
 
 
-def policy_config(path: str | Path, *, attention: str | None = None) -> PolicyConfig:
+def policy_config(path: str | Path, *, attention: str | None = None, nsa: dict[str, Any] | None = None) -> PolicyConfig:
     """The configuration load_policy would use; reads no weights."""
     config = _stored_config(policy_folder(path))
-    if attention is not None and attention != config.attention:
-        if attention not in ("full", "nsa"):
-            raise ValueError(f"attention must be full or nsa, got {attention!r}")
-        if attention == "full":
-            raise ValueError(
-                f"{path} was made with nsa attention, which has no full-attention weights; leave attention unset"
-            )
-        config.attention = "nsa"
+    if attention not in (None, "full", "nsa"):
+        raise ValueError(f"attention must be full or nsa, got {attention!r}")
+    if attention == "full" and config.attention == "nsa":
+        raise ValueError(
+            f"{path} was made with nsa attention, which has no full-attention weights; leave attention unset"
+        )
+    if attention == "nsa" and config.attention == "full":
+        return PolicyConfig(**{**config.to_dict(), "attention": "nsa", "nsa": nsa})
+    if nsa:
+        raise ValueError(f"nsa settings are for a dense checkpoint made sparse; {path} stays {config.attention}")
     return config
 
 
@@ -256,16 +269,6 @@ def _check(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None:
     surplus = sorted(set(tensors) - set(wanted) - {"lm_head.weight"})
     if surplus:
         raise ValueError(f"{folder} holds tensors that its architecture lacks: {', '.join(surplus[:3])}")
-
-
-def _empty(config: PolicyConfig, dtype: torch.dtype, device: str | torch.device) -> Policy:
-    """A policy whose weights are about to be read: no time goes into initialising them."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        policy = Policy(config)
-    policy.tie_weights()
-    return policy.to(device=device, dtype=dtype)  # type: ignore[call-arg]
 
 
 def _line(error: Exception) -> str:

@@ -34,7 +34,7 @@ class Section(TypedDict, total=False):
     note: str
 
 
-# A cell longer than this is prose and may wrap; a shorter one is a number or a name and stays whole.
+# A column with a longer cell than this is prose and may wrap; others hold numbers and names, which stay whole.
 PROSE = 32
 
 STYLE = """
@@ -63,7 +63,7 @@ th, td { padding: 0.35rem 0.7rem; border-bottom: 1px solid var(--line); text-ali
   white-space: nowrap; }
 th { background: var(--soft); }
 th:first-child, td:first-child { text-align: left; padding-left: 0.4rem; }
-td.prose { white-space: normal; text-align: left; min-width: 15rem; }
+th.prose, td.prose { white-space: normal; text-align: left; min-width: 15rem; }
 """
 
 
@@ -140,10 +140,12 @@ def _html_section(number: int, section: Section) -> str:
 
 
 def _html_table(rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in rows[0])
+    prose = [any(len(row[column]) > PROSE for row in rows[1:]) for column in range(len(rows[0]))]
+    mark = [' class="prose"' if wraps else "" for wraps in prose]
+    head = "".join(f'<th scope="col"{m}>{html.escape(cell)}</th>' for m, cell in zip(mark, rows[0], strict=True))
     lines = []
     for row in rows[1:]:
-        cells = [f"<td{' class=prose' if len(cell) > PROSE else ''}>{html.escape(cell)}</td>" for cell in row]
+        cells = [f"<td{m}>{html.escape(cell)}</td>" for m, cell in zip(mark, row, strict=True)]
         lines.append("<tr>" + "".join(cells) + "</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'

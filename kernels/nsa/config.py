@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from plumbline.kernels.nsa.layout import Layout
+
 PhiKind = Literal["linear", "mean", "mlp"]
 
 
@@ -63,7 +65,9 @@ class PhiParams(NamedTuple):
     v_position: Tensor
 
 
-def check_blocks(block: int, stride: int, select_block: int = 0, count: int = 0, initial: int = 0, local: int = 0) -> None:
+def check_blocks(
+    block: int, stride: int, select_block: int = 0, count: int = 0, initial: int = 0, local: int = 0
+) -> None:
     """ValueError unless stride divides block and select_block, all are positive, and count holds the forced blocks."""
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
@@ -100,12 +104,31 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor) -> None:
         raise ValueError(f"{name} must be int32 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
 
 
+def check_total(name: str, x: Tensor, cumulative: Tensor) -> None:
+    """ValueError unless x lies where the cumulative lengths do. (That they end at x's rows is not asked of the device.)"""
+    if x.device != cumulative.device:
+        raise ValueError(f"{name} is on {x.device} and its cumulative lengths are on {cumulative.device}")
+    if x.device.type == "cpu" and int(cumulative[-1]) != x.shape[0]:
+        raise ValueError(f"{name} has {x.shape[0]} rows, its cumulative lengths end at {int(cumulative[-1])}")
+
+
+def check_counts(layout: Layout, blocks: Layout, block: int, stride: int) -> None:
+    """ValueError unless cu_blocks counts the complete blocks of cu_seqlens."""
+    expected = [(n - block) // stride + 1 if n >= block else 0 for n in layout.sizes]
+    if blocks.sizes != expected:
+        raise ValueError(
+            f"cu_blocks must count the complete blocks of cu_seqlens ({expected[:8]} ...), got {blocks.sizes[:8]} ..."
+        )
+
+
 def block_counts(lengths: Tensor, block: int, stride: int) -> Tensor:
     """Complete compression blocks of sequences of these lengths."""
     return torch.where(lengths >= block, (lengths - block) // stride + 1, torch.zeros_like(lengths))
 
 
-def overlap_weights(blocks: int, select_blocks: int, block: int, stride: int, select_block: int, like: Tensor) -> Tensor:
+def overlap_weights(
+    blocks: int, select_blocks: int, block: int, stride: int, select_block: int, like: Tensor
+) -> Tensor:
     """[blocks, select_blocks]: how often compression block i counts for selection block j.
 
     score_j = sum over m in [0, l'/d), n in [0, l/d) of p[(l'/d) j + m - n], so the weight is the number of pairs (m, n)

@@ -30,7 +30,16 @@ class NSACache:
     """
 
     def __init__(
-        self, slots: int, max_length: int, kv_heads: int, dim_k: int, dim_v: int, config: NSAConfig, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        slots: int,
+        max_length: int,
+        kv_heads: int,
+        dim_k: int,
+        dim_v: int,
+        config: NSAConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         def make(length: int, dim: int) -> Tensor:
             return torch.zeros(slots, kv_heads, length, dim, dtype=dtype, device=device)
@@ -100,7 +109,12 @@ class DecodePlan:
         self.window_mask = (tokens >= 0)[:, None, None]
         self.window_tokens = tokens.clamp(min=0)
         self.weights = overlap_weights(
-            self.blocks, self.candidates, config.block, config.stride, config.select_block, torch.zeros((), device=device)
+            self.blocks,
+            self.candidates,
+            config.block,
+            config.stride,
+            config.select_block,
+            torch.zeros((), device=device),
         )
         self.all_tokens_mask = (torch.arange(longest, device=device) <= lengths[:, None])[:, None, None]
 
@@ -143,7 +157,9 @@ def decode_step(
     out = gates[..., 0, None] * (probabilities.to(q.dtype) @ v_blocks.to(q.dtype)[:, :, None])[..., 0, :].flatten(1, 2)
 
     importance = probabilities.sum(2) @ plan.weights.to(probabilities.dtype)
-    indices = choose(importance, plan.position[:, None, None], config.select_block, config.count, config.initial, config.local)
+    indices = choose(
+        importance, plan.position[:, None, None], config.select_block, config.count, config.initial, config.local
+    )
     indices = indices[:, :, 0]
     k_slc, v_slc, mask = _selected(cache, plan, indices)
     out = out + gates[..., 1, None] * _attend(q, k_slc, v_slc, mask, scale)
@@ -158,7 +174,9 @@ def _complete_blocks(cache: NSACache, plan: DecodePlan, params: PhiParams) -> No
     weights = ((params.k_weight, params.k_position), (params.v_weight, params.v_position))
     for store, raw, (weight, position) in zip(cache.blocks, cache.raw["cmp"], weights, strict=True):
         windows = raw[slots[:, None], :, plan.block_tokens].transpose(1, 2)
-        store[slots, :, plan.block_number] = phi(windows.to(weight.dtype), weight, position, cache.config.phi).to(store.dtype)
+        store[slots, :, plan.block_number] = phi(windows.to(weight.dtype), weight, position, cache.config.phi).to(
+            store.dtype
+        )
 
 
 def _selected(cache: NSACache, plan: DecodePlan, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+V = TypeVar("V")
+
+# Masks of all query-key pairs are kept for sequences up to this length and made per chunk of queries beyond it.
+KEEP_MASK_TOKENS = 4096
 
 
 class Layout:
@@ -15,31 +24,51 @@ class Layout:
         cu_seqlens: [B+1] int32.
 
     Attributes:
-        lengths: [B] int64.
+        starts: B ints, first packed row of each sequence.
+        sizes: B ints, tokens of each sequence.
+        lengths: [B] int64, the same on the device.
         longest: L.
         tokens: T.
-        valid: [B, L] bool, False on padding.
     """
 
     def __init__(self, cu_seqlens: Tensor) -> None:
-        ends = cu_seqlens.long()
+        ends = cu_seqlens.tolist()
         self.cu_seqlens = cu_seqlens
         self.device = cu_seqlens.device
-        self.lengths = ends[1:] - ends[:-1]
-        self.longest = int(self.lengths.max()) if self.lengths.numel() else 0
-        self.tokens = int(ends[-1])
-        self.uniform = self.tokens == self.longest * len(self.lengths)
-        position = torch.arange(self.longest, device=self.device)
-        self.valid = position[None] < self.lengths[:, None]
-        if not self.uniform:
-            # Packed row of each padded position (any row where there is none), and back.
-            self._gather = (ends[:-1, None] + position[None]).clamp(max=max(self.tokens - 1, 0))
-            self._scatter = self.valid.flatten().nonzero().squeeze(1)
-        self._memo: dict[tuple[object, ...], Tensor] = {}
+        self.starts: list[int] = ends[:-1]
+        self.sizes: list[int] = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        if ends[0] != 0 or min(self.sizes, default=0) < 0:
+            raise ValueError("cu_seqlens must start at 0 and not decrease")
+        self.lengths = cu_seqlens[1:].long() - cu_seqlens[:-1].long()
+        self.longest = max(self.sizes, default=0)
+        self.tokens = ends[-1]
+        self.uniform = self.tokens == self.longest * len(self.sizes)
+        self._memo: dict[tuple[object, ...], object] = {}
+
+    def memo(self, key: tuple[object, ...], make: Callable[[], V]) -> V:
+        """The value under key, made on first use: tables that depend on lengths and sizes alone."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]  # type: ignore[return-value]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[B, L] bool, False on padding."""
+        return torch.arange(self.longest, device=self.device)[None] < self.lengths[:, None]
+
+    @cached_property
+    def _gather(self) -> Tensor:
+        """[B, L] packed row of each padded position; padding repeats other rows."""
+        rows = self.cu_seqlens[:-1, None].long() + torch.arange(self.longest, device=self.device)
+        return rows.clamp(max=max(self.tokens - 1, 0))
+
+    @cached_property
+    def _scatter(self) -> Tensor:
+        return self.valid.flatten().nonzero().squeeze(1)
 
     def pad(self, x: Tensor) -> Tensor:
         """[T, H, D] -> [B, H, L, D]; rows beyond a sequence's end repeat others and must be masked."""
-        padded = x.unflatten(0, (len(self.lengths), self.longest)) if self.uniform else x[self._gather]
+        padded = x.unflatten(0, (len(self.sizes), self.longest)) if self.uniform else x[self._gather]
         return padded.transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -47,21 +76,29 @@ class Layout:
         packed = x.transpose(1, 2).flatten(0, 1)
         return packed if self.uniform else packed[self._scatter]
 
-    def causal(self, window: int | None = None) -> Tensor:
-        """[L, L] bool: key s visible to query t, within the window if one is given."""
-        key = ("causal", window)
-        if key not in self._memo:
-            t = torch.arange(self.longest, device=self.device)
-            distance = t[:, None] - t[None]
-            mask = distance >= 0
-            self._memo[key] = mask if window is None else mask & (distance < window)
-        return self._memo[key]
+    def causal(self, first: int, last: int, window: int | None = None) -> Tensor:
+        """[last - first, L] bool: key s visible to query t in [first, last), within the window if one is given."""
 
-    def visible_blocks(self, blocks: int, block: int, stride: int) -> Tensor:
-        """[L, blocks] bool: compression block i complete at query t. Needs no lengths: t < length holds for real queries."""
-        key = ("blocks", blocks, block, stride)
-        if key not in self._memo:
-            t = torch.arange(self.longest, device=self.device)
-            last = torch.arange(blocks, device=self.device) * stride + block - 1
-            self._memo[key] = last[None] <= t[:, None]
-        return self._memo[key]
+        def make(start: int, stop: int) -> Tensor:
+            distance = torch.arange(start, stop, device=self.device)[:, None] - torch.arange(
+                self.longest, device=self.device
+            )
+            return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+        if self.longest > KEEP_MASK_TOKENS:
+            return make(first, last)
+        return self.memo(("causal", window), lambda: make(0, self.longest))[first:last]
+
+    def visible_blocks(self, first: int, last: int, blocks: int, block: int, stride: int) -> Tensor:
+        """[last - first, blocks] bool: compression block i complete at query t.
+
+        Needs no lengths: t < length holds for real queries.
+        """
+
+        def make(start: int, stop: int) -> Tensor:
+            ends = torch.arange(blocks, device=self.device) * stride + block - 1
+            return ends[None] <= torch.arange(start, stop, device=self.device)[:, None]
+
+        if self.longest > KEEP_MASK_TOKENS:
+            return make(first, last)
+        return self.memo(("blocks", blocks, block, stride), lambda: make(0, self.longest))[first:last]

@@ -14,8 +14,14 @@ from torch import Tensor
 from plumbline.kernels.nsa.config import NSAConfig, PhiKind, PhiParams, block_counts, overlap_weights
 from plumbline.kernels.nsa.layout import Layout
 
-# Queries handled at once: bounds the score matrix to QUERY_CHUNK x L for each head.
-QUERY_CHUNK = 1024
+# Entries of the largest score matrix held at once; longer inputs are cut into chunks of queries.
+SCORES_AT_ONCE = 2**26
+
+
+def query_chunks(layout: Layout, heads: int, keys: int) -> list[tuple[int, int]]:
+    """Ranges of queries whose [B, heads, queries, keys] scores stay within SCORES_AT_ONCE."""
+    size = max(16, SCORES_AT_ONCE // max(1, len(layout.sizes) * heads * keys))
+    return [(first, min(first + size, layout.longest)) for first in range(0, layout.longest, size)]
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -112,18 +118,22 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     groups = q.shape[1] // k.shape[1]
     if mask is not None and mask.ndim == 4 and mask.shape[1] == k.shape[1] and groups > 1:
         mask = mask.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+    )
 
 
-def selected_padded(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: Layout, select_block: int, scale: float) -> Tensor:
+def selected_padded(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: Layout, select_block: int, scale: float
+) -> Tensor:
     """indices [B, Hkv, L, count]; attends to the tokens of the chosen blocks up to the query."""
     length = layout.longest
     blocks = -(-length // select_block)
     parts = []
-    for first in range(0, length, QUERY_CHUNK):
-        rows = slice(first, min(first + QUERY_CHUNK, length))
+    for first, last in query_chunks(layout, q.shape[1], length):
+        rows = slice(first, last)
         chosen = block_mask(indices[:, :, rows], blocks)
-        tokens = chosen.repeat_interleave(select_block, -1)[..., :length] & layout.causal()[rows]
+        tokens = chosen.repeat_interleave(select_block, -1)[..., :length] & layout.causal(first, last)
         # Padding queries chose nothing; let them see themselves so that no row of the softmax is empty.
         tokens |= torch.eye(length, dtype=torch.bool, device=q.device)[rows] & ~layout.valid[:, None, rows, None]
         parts.append(masked_attention(q[:, :, rows], k, v, tokens, scale))
@@ -133,12 +143,11 @@ def selected_padded(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: La
 def window_padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int, scale: float) -> Tensor:
     if layout.longest <= window:
         return masked_attention(q, k, v, None, scale)
-    mask = layout.causal(window)
     parts = []
-    for first in range(0, layout.longest, QUERY_CHUNK):
-        last = min(first + QUERY_CHUNK, layout.longest)
+    for first, last in query_chunks(layout, q.shape[1], 2 * window):
         start = max(0, first - window + 1)
-        parts.append(masked_attention(q[:, :, first:last], k[:, :, start:last], v[:, :, start:last], mask[first:last, start:last], scale))
+        mask = layout.causal(first, last, window)[:, start:last]
+        parts.append(masked_attention(q[:, :, first:last], k[:, :, start:last], v[:, :, start:last], mask, scale))
     return torch.cat(parts, 2)
 
 
@@ -147,10 +156,9 @@ def compressed_padded(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, L, Dv] and lse [B, Hq, L]."""
     outs, lses = [], []
-    visible = layout.visible_blocks(k_cmp.shape[2], block, stride)
-    for first in range(0, layout.longest, QUERY_CHUNK):
-        rows = slice(first, first + QUERY_CHUNK)
-        p, lse = compressed_scores(q[:, :, rows], k_cmp, visible[rows], scale)
+    for first, last in query_chunks(layout, q.shape[1], k_cmp.shape[2]):
+        visible = layout.visible_blocks(first, last, k_cmp.shape[2], block, stride)
+        p, lse = compressed_scores(q[:, :, first:last], k_cmp, visible, scale)
         outs.append((p.to(v_cmp.dtype) @ v_cmp[:, :, None]).flatten(1, 2))
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -161,13 +169,15 @@ def select_padded(q: Tensor, k_cmp: Tensor, layout: Layout, config: NSAConfig, s
     """[B, Hkv, L, count] int32; padding queries get the choice of their position."""
     blocks, length = k_cmp.shape[2], layout.longest
     candidates = -(-length // config.select_block)
-    visible = layout.visible_blocks(blocks, config.block, config.stride)
+    weights = overlap_weights(
+        blocks, candidates, config.block, config.stride, config.select_block, q.new_empty(0, dtype=wide(q))
+    )
     parts = []
-    for first in range(0, length, QUERY_CHUNK):
-        rows = slice(first, min(first + QUERY_CHUNK, length))
-        p, _ = compressed_scores(q[:, :, rows], k_cmp, visible[rows], scale)
-        importance = p.sum(2) @ overlap_weights(blocks, candidates, config.block, config.stride, config.select_block, p)
-        t = torch.arange(first, rows.stop, device=q.device)
+    for first, last in query_chunks(layout, q.shape[1], blocks):
+        visible = layout.visible_blocks(first, last, blocks, config.block, config.stride)
+        p, _ = compressed_scores(q[:, :, first:last], k_cmp, visible, scale)
+        importance = p.sum(2) @ weights
+        t = torch.arange(first, last, device=q.device)
         parts.append(choose(importance, t, config.select_block, config.count, config.initial, config.local))
     return torch.cat(parts, 2)
 
@@ -210,5 +220,9 @@ def native_sparse_attention(
     else:
         indices = select_padded(query, k_blocks, layout, config, scale)
         out_slc = selected_padded(query, k_slc, v_slc, indices, layout, config.select_block, scale)
-    out = out + gate[..., 1, None] * out_slc + gate[..., 2, None] * window_padded(query, k_win, v_win, layout, config.window, scale)
+    out = (
+        out
+        + gate[..., 1, None] * out_slc
+        + gate[..., 2, None] * window_padded(query, k_win, v_win, layout, config.window, scale)
+    )
     return layout.unpad(out), layout.unpad(indices)

@@ -1,0 +1,1 @@
+"""Triton kernels of Native Sparse Attention. Imported only when used: triton is not there on every machine."""

@@ -1,0 +1,341 @@
+"""Attention over contiguous ranges of keys: compressed blocks, the sliding window, and the forced selection blocks.
+
+One tile holds `rows` rows: consecutive queries, each with all heads of one group, so that a tile reads each key once for
+the whole group and no group is padded. What a query at position t sees, by KIND:
+
+    CMP      compressed blocks [0, complete(t)), complete(t) = (t - l) // d + 1
+    WIN      tokens (t - w, t]
+    FORCED   tokens of the first `initial` and the newest `local` selection blocks, up to t
+    INITIAL  (keys' gradients only) the first `initial` selection blocks, up to t
+
+Logits are kept in units of log 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from plumbline.kernels.nsa.triton_backend.common import load_all, load_rows, store_rows
+
+CMP, WIN, FORCED, INITIAL = 0, 1, 2, 3
+
+
+@triton.jit
+def key_range(t, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """[low, high) of the contiguous keys that position t sees. CMP: A = l, B = d; WIN: A = w; FORCED: A = l', B = local."""
+    if KIND == 0:
+        low = t * 0
+        high = tl.where(t >= A - 1, (t - (A - 1)) // B + 1, 0)
+    elif KIND == 1:
+        low = tl.maximum(t - A + 1, 0)
+        high = t + 1
+    else:
+        low = tl.maximum((t // A - (B - 1)) * A, 0)
+        high = t + 1
+    return low, high
+
+
+@triton.jit
+def query_range(first, last, length, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """[low, high) of the positions that see any of the keys [first, last), and from where on all of them see all."""
+    if KIND == 0:
+        low = first * B + A - 1
+        full = (last - 1) * B + A - 1
+        high = length
+    elif KIND == 1:
+        low = first
+        full = length
+        high = tl.minimum(length, last - 1 + A)
+    elif KIND == 2:
+        low = first
+        full = length
+        high = tl.minimum(length, ((last - 1) // A + B) * A)
+    else:
+        low = first
+        full = last - 1
+        high = length
+    return low, high, full
+
+
+@triton.jit
+def attend(q, acc, m, denominator, k, v, scale, low, high, columns, MASKED: tl.constexpr, PREC: tl.constexpr):
+    """One step of the running softmax over a tile of keys."""
+    s = tl.dot(q, tl.trans(k), input_precision=PREC)
+    if MASKED:
+        s = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None]), s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 1) * scale)
+        base = tl.where(new == float("-inf"), 0.0, new)
+    else:
+        new = tl.maximum(m, tl.max(s, 1) * scale)
+        base = new
+    p = tl.exp2(s * scale - base[:, None])
+    alpha = tl.exp2(m - base)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PREC)
+    return acc, new, denominator * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale,
+    q_t, q_h, k_t, k_h, v_t, v_h, heads,
+    GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """out [T, Hq, Dv] and lse [T, Hq] (log 2) of one tile; INIT: tokens of the initial blocks (FORCED)."""
+    QUERIES: tl.constexpr = ROWS // GROUP
+    tile = tiles_ptr + tl.program_id(0) * 6
+    kv_head = tl.program_id(1)
+    start, length, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    if KIND == 0:
+        key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
+    else:
+        key_start, keys = start, length
+    r = tl.arange(0, ROWS)
+    t = first + r // GROUP
+    ok = (r // GROUP < QUERIES) & (t < end)
+    head = kv_head * GROUP + r % GROUP
+    row = (start + t).to(tl.int64)
+    q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
+    low, high = key_range(t, KIND, A, B)
+    last = end - 1
+    low_first, high_first = key_range(first, KIND, A, B)
+    low_last, high_last = key_range(last, KIND, A, B)
+
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    denominator = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BV], tl.float32)
+    c = tl.arange(0, KEYS)
+    if KIND == 2:
+        edge = tl.minimum(tl.minimum(low, INIT), high)
+        for j in range(0, tl.minimum(low_last, INIT), KEYS):
+            at = (key_start + j + c).to(tl.int64)
+            inside = j + c < keys
+            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
+            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low * 0, edge, j + c, True, PREC)
+    # Keys that only some queries of the tile see lie at both ends; between them no mask is needed.
+    head_end = low_first + tl.cdiv(tl.maximum(low_last - low_first, 0), KEYS) * KEYS
+    body_end = head_end + tl.maximum(high_first - head_end, 0) // KEYS * KEYS
+    if KIND != 0:
+        for j in range(low_first, head_end, KEYS):
+            at = (key_start + j + c).to(tl.int64)
+            inside = j + c < keys
+            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
+            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, True, PREC)
+    for j in range(head_end, body_end, KEYS):
+        at = (key_start + j + c).to(tl.int64)
+        k = load_all(k_ptr, at * k_t + kv_head * k_h, DK, BK)
+        v = load_all(v_ptr, at * v_t + kv_head * v_h, DV, BV)
+        acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, False, PREC)
+    for j in range(body_end, high_last, KEYS):
+        at = (key_start + j + c).to(tl.int64)
+        inside = j + c < keys
+        k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
+        v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+        acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, True, PREC)
+
+    acc = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
+    store_rows(out_ptr, (row * heads + head) * DV, ok, acc, DV, BV)
+    tl.store(lse_ptr + row * heads + head, m + tl.log2(denominator), mask=ok)
+
+
+@triton.jit
+def queries_step(q, do, dq, k, v, scale, shift, dot, low, high, columns, MASKED: tl.constexpr, PREC: tl.constexpr):
+    """Adds a tile of keys to the gradient of a tile of queries (without the factor `scale`)."""
+    s = tl.dot(q, tl.trans(k), input_precision=PREC)
+    p = tl.exp2(s * scale - shift[:, None])
+    if MASKED:
+        p = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None]), p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PREC)
+    ds = p * (dp - dot[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC)
+
+
+@triton.jit
+def queries_section(
+    q, do, dq, k_ptr, v_ptr, shift_ptr, dot_ptr, flat, ok, t, first, last, key_start, keys, kv_head, scale, k_t, k_h, v_t, v_h,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
+    dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
+    low, high = key_range(t, KIND, A, B)
+    low_first, high_first = key_range(first, KIND, A, B)
+    low_last, high_last = key_range(last, KIND, A, B)
+    c = tl.arange(0, KEYS)
+    if KIND == 2:
+        edge = tl.minimum(tl.minimum(low, INIT), high)
+        for j in range(0, tl.minimum(low_last, INIT), KEYS):
+            at = (key_start + j + c).to(tl.int64)
+            inside = j + c < keys
+            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
+            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            dq = queries_step(q, do, dq, k, v, scale, shift, dot, low * 0, edge, j + c, True, PREC)
+    head_end = low_first + tl.cdiv(tl.maximum(low_last - low_first, 0), KEYS) * KEYS
+    body_end = head_end + tl.maximum(high_first - head_end, 0) // KEYS * KEYS
+    if KIND != 0:
+        for j in range(low_first, head_end, KEYS):
+            at = (key_start + j + c).to(tl.int64)
+            inside = j + c < keys
+            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
+            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, True, PREC)
+    for j in range(head_end, body_end, KEYS):
+        at = (key_start + j + c).to(tl.int64)
+        k = load_all(k_ptr, at * k_t + kv_head * k_h, DK, BK)
+        v = load_all(v_ptr, at * v_t + kv_head * v_h, DV, BV)
+        dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, False, PREC)
+    for j in range(body_end, high_last, KEYS):
+        at = (key_start + j + c).to(tl.int64)
+        inside = j + c < keys
+        k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
+        v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+        dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, True, PREC)
+    return dq
+
+
+@triton.jit
+def backward_queries(
+    q_ptr, do_ptr, dq_ptr, tiles_ptr, natural_scale, scale, q_t, q_h, heads,
+    kc_ptr, vc_ptr, shift_c, dot_c, kc_t, kc_h, vc_t, vc_h,
+    ks_ptr, vs_ptr, shift_s, dot_s, ks_t, ks_h, vs_t, vs_h,
+    kw_ptr, vw_ptr, shift_w, dot_w, kw_t, kw_h, vw_t, vw_h,
+    pairs_ptr, indices_ptr, pairs_first,
+    GROUP: tl.constexpr, HAS_CMP: tl.constexpr, SLC: tl.constexpr, HAS_WIN: tl.constexpr, COUNT: tl.constexpr, SKIP: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, LOCAL: tl.constexpr, INITIAL_BLOCKS: tl.constexpr, W: tl.constexpr, WS: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries through every branch in one pass.
+
+    SLC: 0 none, 1 the forced blocks plus the pairs of backward_pairs, 2 pairs alone, 3 a window of WS (all blocks chosen).
+    pairs [t - pairs_first, Hkv, COUNT, GROUP, Dk]; SKIP: forced blocks have no pair.
+    """
+    QUERIES: tl.constexpr = ROWS // GROUP
+    tile = tiles_ptr + tl.program_id(0) * 6
+    kv_head = tl.program_id(1)
+    start, length, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    r = tl.arange(0, ROWS)
+    t = first + r // GROUP
+    ok = (r // GROUP < QUERIES) & (t < end)
+    head = kv_head * GROUP + r % GROUP
+    row = (start + t).to(tl.int64)
+    flat = row * heads + head
+    last = end - 1
+    q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
+    do = load_rows(do_ptr, flat * DV, ok, DV, BV)
+    dq = tl.zeros([ROWS, BK], tl.float32)
+    if HAS_CMP:
+        key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
+        dq = queries_section(q, do, dq, kc_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last, key_start, keys, kv_head, scale,
+                             kc_t, kc_h, vc_t, vc_h, 0, L, D, 0, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+    if SLC == 1:
+        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length, kv_head, scale,
+                             ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+    if SLC == 3:
+        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length, kv_head, scale,
+                             ks_t, ks_h, vs_t, vs_h, 1, WS, 0, 0, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+    if HAS_WIN:
+        dq = queries_section(q, do, dq, kw_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start, length, kv_head, scale,
+                             kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+    if (SLC == 1) or (SLC == 2):
+        kv_heads = heads // GROUP
+        list_at = (row * kv_heads + kv_head) * COUNT
+        pair_at = ((row - pairs_first) * kv_heads + kv_head) * COUNT
+        own = t // S
+        for slot in range(COUNT):
+            j = tl.load(indices_ptr + list_at + slot, mask=ok, other=-1)
+            use = ok & (j >= 0) & (j <= own)
+            if SKIP:
+                use = use & (j >= INITIAL_BLOCKS) & (j <= own - LOCAL)
+            dq += load_rows(pairs_ptr, ((pair_at + slot) * GROUP + r % GROUP) * DK, use, DK, BK).to(tl.float32)
+    store_rows(dq_ptr, flat * DK, ok, dq * natural_scale, DK, BK)
+
+
+@triton.jit
+def keys_step(k, v, dk, dv, q, do, scale, shift, dot, visible, MASKED: tl.constexpr, PREC: tl.constexpr):
+    """Adds a tile of queries to the gradients of a tile of keys and values; everything transposed [keys, rows]."""
+    s = tl.dot(k, tl.trans(q), input_precision=PREC)
+    p = tl.exp2(s * scale - shift[None, :])
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
+    dp = tl.dot(v, tl.trans(do), input_precision=PREC)
+    ds = p * (dp - dot[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PREC)
+    return dk, dv
+
+
+@triton.jit
+def backward_keys(
+    q_ptr, do_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, shift_ptr, dot_ptr, tiles_ptr, natural_scale, scale,
+    q_t, q_h, k_t, k_h, v_t, v_h, heads, total_keys,
+    GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values over one part of the queries: dk, dv [SPLITS, total_keys, Hkv, D].
+
+    INIT: keys below this position belong to another launch (FORCED), keys at or above it to none (INITIAL).
+    """
+    QUERIES: tl.constexpr = ROWS // GROUP
+    tile = tiles_ptr + tl.program_id(0) * 6
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    start, length, key_first = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if KIND == 0:
+        key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
+    else:
+        key_start, keys = start, length
+    if KIND == 3:
+        keys = tl.minimum(keys, INIT)
+    key_last = tl.minimum(key_first + KEYS, keys)
+    column = key_first + tl.arange(0, KEYS)
+    key_ok = column < keys
+    at = (key_start + column).to(tl.int64)
+    k = load_rows(k_ptr, at * k_t + kv_head * k_h, key_ok, DK, BK)
+    v = load_rows(v_ptr, at * v_t + kv_head * v_h, key_ok, DV, BV)
+    dk = tl.zeros([KEYS, BK], tl.float32)
+    dv = tl.zeros([KEYS, BV], tl.float32)
+    r = tl.arange(0, ROWS)
+    g = kv_head * GROUP + r % GROUP
+    low, high, full = query_range(key_first, key_last, length, KIND, A, B)
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), QUERIES) * QUERIES
+        low = low + split * share
+        high = tl.minimum(high, low + share)
+    # Queries from `middle` on see all keys of the tile.
+    middle = tl.minimum(low + tl.cdiv(tl.maximum(full - low, 0), QUERIES) * QUERIES, tl.maximum(high, low))
+    for first in range(low, middle, QUERIES):
+        t = first + r // GROUP
+        ok = (r // GROUP < QUERIES) & (t < high)
+        flat = (start + t).to(tl.int64) * heads + g
+        q = load_rows(q_ptr, (start + t).to(tl.int64) * q_t + g * q_h, ok, DK, BK)
+        do = load_rows(do_ptr, flat * DV, ok, DV, BV)
+        shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
+        dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
+        if KIND == 3:
+            visible = column[:, None] <= t[None, :]
+        else:
+            key_low, key_high = key_range(t, KIND, A, B)
+            visible = (column[:, None] >= key_low[None, :]) & (column[:, None] < key_high[None, :])
+        dk, dv = keys_step(k, v, dk, dv, q, do, scale, shift, dot, visible, True, PREC)
+    for first in range(middle, high, QUERIES):
+        t = first + r // GROUP
+        ok = (r // GROUP < QUERIES) & (t < high)
+        flat = (start + t).to(tl.int64) * heads + g
+        q = load_rows(q_ptr, (start + t).to(tl.int64) * q_t + g * q_h, ok, DK, BK)
+        do = load_rows(do_ptr, flat * DV, ok, DV, BV)
+        shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
+        dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
+        dk, dv = keys_step(k, v, dk, dv, q, do, scale, shift, dot, key_ok[:, None], False, PREC)
+    kv_heads = heads // GROUP
+    if KIND == 3:
+        at = (tl.load(tile + 4) + column).to(tl.int64)
+    to = (split.to(tl.int64) * total_keys + at) * kv_heads + kv_head
+    store_rows(dk_ptr, to * DK, key_ok, dk * natural_scale, DK, BK)
+    store_rows(dv_ptr, to * DV, key_ok, dv, DV, BV)

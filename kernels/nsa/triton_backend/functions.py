@@ -1,0 +1,207 @@
+"""The public functions on Triton kernels, with autograd. Arguments are checked by the callers in plumbline.kernels.nsa."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from plumbline.kernels.nsa.config import NSAConfig, PhiParams
+from plumbline.kernels.nsa.layout import Layout
+from plumbline.kernels.nsa.triton_backend import mix
+from plumbline.kernels.nsa.triton_backend.common import LN2, LOG2E, pad_dim, rows_contiguous
+from plumbline.kernels.nsa.triton_backend.compress import compress
+from plumbline.kernels.nsa.triton_backend.launch import (
+    Branch,
+    Range,
+    Selection,
+    backward,
+    dense_forward,
+    selected_forward,
+)
+from plumbline.kernels.nsa.triton_backend.scores import select_blocks
+
+
+def _branch(do: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, d_lse: Tensor | None = None) -> Branch:
+    """What backward reads when no gate scales the branch."""
+    dot = (do.float() * out.float()).sum(-1)
+    if d_lse is not None:
+        dot = dot - d_lse
+    return Branch(k, v, lse.masked_fill(lse == -torch.inf, torch.inf), dot)
+
+
+class DenseAttention(torch.autograd.Function):
+    """(out, lse in natural log) over a Range of keys."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, layout: Layout, reach: Range, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = map(rows_contiguous, (q, k, v))
+        out, lse = dense_forward(q, k, v, layout, reach, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = layout, reach, scale
+        return out, lse * LN2
+
+    @staticmethod
+    def backward(ctx, do: Tensor, d_lse: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, reach, scale = ctx.rest
+        do = do.contiguous()
+        # d lse / d logit is p, in the same place as -dot.
+        dense = (_branch(do, out, k, v, lse, d_lse), reach)
+        name = "cmp" if reach.kind == 0 else "win"
+        dq, grads = backward(q, do, layout, scale, *((dense, None, None) if name == "cmp" else (None, None, dense)))
+        dk, dv = grads[name]
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+class SelectedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: Layout, selection: Selection, scale: float) -> Tensor:
+        q, k, v = map(rows_contiguous, (q, k, v))
+        out, lse, _ = selected_forward(q, k, v, layout, selection, scale, None)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = layout, selection, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, selection, scale = ctx.rest
+        do = do.contiguous()
+        dq, grads = backward(q, do, layout, scale, None, (_branch(do, out, k, v, lse), selection), None)
+        dk, dv = grads["slc"]
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+class FusedAttention(torch.autograd.Function):
+    """The gated sum of the three branches, given compressed keys and values. Also returns the blocks used."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+        layout: Layout, config: NSAConfig, scale: float, block_indices: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = map(
+            rows_contiguous, (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+        )
+        gates = gates.contiguous()
+        has_cmp = k_cmp.shape[0] > 0
+        o_cmp = lse_cmp = None
+        if has_cmp:
+            o_cmp, lse_cmp = dense_forward(
+                q, k_cmp, v_cmp, layout, Range.compressed(config.block, config.stride), scale
+            )
+        if block_indices is not None:
+            indices, selection = block_indices, Selection(block_indices.contiguous(), config.select_block, None)
+        else:
+            lse = lse_cmp if lse_cmp is not None else q.new_zeros(q.shape[:2], dtype=torch.float32)
+            everything = layout.longest <= config.count * config.select_block
+            indices = (
+                first_blocks(layout, k_slc.shape[1], config)
+                if everything
+                else select_blocks(q, k_cmp, lse, layout, config, scale)
+            )
+            selection = Selection(None if everything else indices, config.select_block, None if everything else config)
+        o_win, lse_win = dense_forward(q, k_win, v_win, layout, Range.window(config.window), scale)
+        o_slc, lse_slc, out = selected_forward(q, k_slc, v_slc, layout, selection, scale, (gates, o_cmp, o_win))
+        ctx.save_for_backward(
+            q,
+            k_cmp,
+            v_cmp,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
+            gates,
+            o_cmp,
+            o_slc,
+            o_win,
+            lse_cmp,
+            lse_slc,
+            lse_win,
+            selection.indices,
+        )
+        ctx.rest = layout, config, scale, replace(selection, indices=None)
+        ctx.mark_non_differentiable(indices)
+        return out, indices
+
+    @staticmethod
+    def backward(ctx, do: Tensor, _: Tensor):
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, indices = (
+            ctx.saved_tensors
+        )
+        layout, config, scale, selection = ctx.rest
+        do = do.contiguous()
+        rows = q.shape[0] * q.shape[1]
+        shift = torch.empty(3, *q.shape[:2], dtype=torch.float32, device=q.device)
+        dot, d_gates = torch.empty_like(shift), torch.empty_like(gates)
+        has_cmp = o_cmp is not None
+        dv = o_win.shape[2]
+        mix.gate_gradients[(-(-rows // 16),)](
+            do, o_cmp if has_cmp else o_win, o_slc, o_win, lse_cmp if has_cmp else lse_win, lse_slc, lse_win, gates, d_gates, shift, dot,
+            rows, HAS_CMP=has_cmp, DV=dv, BV=pad_dim(dv), ROWS=16, num_warps=4,
+        )  # fmt: skip
+        dq, grads = backward(
+            q, do, layout, scale,
+            (Branch(k_cmp, v_cmp, shift[0], dot[0]), Range.compressed(config.block, config.stride)) if has_cmp else None,
+            (Branch(k_slc, v_slc, shift[1], dot[1]), replace(selection, indices=indices)),
+            (Branch(k_win, v_win, shift[2], dot[2]), Range.window(config.window)),
+        )  # fmt: skip
+        pairs = [grads.get(name, (None, None)) for name in ("cmp", "slc", "win")]
+        flat = [
+            None if g is None else g.to(x.dtype) for pair in pairs for g, x in zip(pair, (k_slc, v_slc), strict=True)
+        ]
+        return dq, *flat, d_gates, None, None, None, None
+
+
+def first_blocks(layout: Layout, kv_heads: int, config: NSAConfig) -> Tensor:
+    """[T, Hkv, count] int32 where every candidate is chosen: 0 .. own block, then -1."""
+    t = torch.arange(layout.tokens, device=layout.device) - torch.repeat_interleave(
+        layout.cu_seqlens[:-1].long(), layout.lengths, output_size=layout.tokens
+    )
+    j = torch.arange(config.count, device=layout.device)
+    indices = torch.where(j <= (t // config.select_block)[:, None], j, -1).int()
+    return indices[:, None].expand(-1, kv_heads, -1).contiguous()
+
+
+def compressed_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, layout: Layout, block: int, stride: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return DenseAttention.apply(q, k_cmp, v_cmp, layout, Range.compressed(block, stride), scale)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int, scale: float) -> Tensor:
+    return DenseAttention.apply(q, k, v, layout, Range.window(window), scale)[0]
+
+
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: Layout, select_block: int, scale: float
+) -> Tensor:
+    return SelectedAttention.apply(q, k, v, layout, Selection(indices.contiguous(), select_block, None), scale)
+
+
+@torch.no_grad()
+def choose_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config: NSAConfig, scale: float) -> Tensor:
+    """lse in natural log."""
+    return select_blocks(rows_contiguous(q), rows_contiguous(k_cmp), (lse * LOG2E).contiguous(), layout, config, scale)
+
+
+def native_sparse_attention(
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor],
+    kv_win: tuple[Tensor, Tensor],
+    gates: Tensor,
+    params: PhiParams,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+    block_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [T, Hq, Dv], blocks used [T, Hkv, count])."""
+    k_cmp, _ = compress(kv_cmp[0], params.k_weight, params.k_position, layout, config.block, config.stride, config.phi)
+    v_cmp, _ = compress(kv_cmp[1], params.v_weight, params.v_position, layout, config.block, config.stride, config.phi)
+    return FusedAttention.apply(q, k_cmp, v_cmp, *kv_slc, *kv_win, gates, layout, config, scale, block_indices)

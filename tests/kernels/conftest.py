@@ -1,0 +1,21 @@
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# The kernels' module reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def definition():
+    """The float64 definition that tests hold every implementation to."""
+    spec = importlib.util.spec_from_file_location(
+        "nsa_definition", Path(__file__).parents[1] / "kernels" / "definition.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,221 @@
+"""Both implementations against the float64 definition: outputs, blocks and every gradient."""
+
+import pytest
+import torch
+
+from plumbline.kernels.nsa import (
+    NSAConfig,
+    PhiParams,
+    compress,
+    compressed_attention,
+    native_sparse_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+
+SMALL = NSAConfig(block=8, stride=4, select_block=8, count=4, window=12)
+# (lengths, q heads, kv heads, Dqk, Dv, config)
+TORCH_CASES = {
+    "short": ([0, 1, 7, 8, 9, 40, 0], 4, 2, 16, 16, SMALL),
+    "one": ([1], 3, 1, 8, 8, SMALL),
+    "group7": ([33, 50], 7, 1, 24, 16, SMALL),
+    "uniform": ([48, 48], 6, 2, 20, 12, SMALL),
+    "mean": ([45, 3], 4, 4, 16, 16, NSAConfig(8, 4, 16, 3, 1, 1, 5, phi="mean")),
+    "mlp": ([60], 4, 2, 16, 16, NSAConfig(12, 4, 8, 5, 1, 2, 7, phi="mlp")),
+    "wide": ([70, 31], 2, 1, 16, 16, NSAConfig(16, 4, 8, 4, 2, 1, 3)),
+    "no local": ([64], 2, 1, 16, 16, NSAConfig(8, 4, 8, 3, 1, 0, 16, scale=0.3)),
+}
+TRITON_CASES = {name: TORCH_CASES[name] for name in ("short", "group7", "wide", "no local")}
+TRITON_CASES["odd block"] = ([61], 3, 1, 16, 24, NSAConfig(6, 2, 6, 4, 1, 2, 9, phi="mean"))
+
+
+def run(x, config, backend, **options):
+    return native_sparse_attention(
+        x.q, *x.kv, x.gates, x.cu_seqlens, PhiParams(*x.params), config, backend=backend, **options
+    )
+
+
+def check(definition, case, backend, tolerance, seed):
+    lengths, heads, kv_heads, dk, dv, config = case
+    x = definition.make_inputs(lengths, heads, kv_heads, dk, dv, config, seed=seed)
+    y = definition.as_float64(x)
+    out, blocks = run(x, config, backend, return_blocks=True)
+    expected = definition.sparse_attention(y.q, *y.kv, y.gates, lengths, y.params, config)
+    for t, of_token in enumerate(expected.choice):
+        for h, js in enumerate(of_token):
+            assert [j for j in blocks[t, h].tolist() if j >= 0] == js, (t, h)
+            assert blocks[t, h].tolist() == js + [-1] * (config.count - len(js))
+    assert definition.error(out, expected.out) < tolerance
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1))
+    (out * weight).sum().backward()
+    (expected.out * weight.double()).sum().backward()
+    errors = definition.gradient_errors(x, y)
+    assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("name", TORCH_CASES)
+def test_torch(definition, name):
+    check(definition, TORCH_CASES[name], "torch", 1e-5, seed=len(name))
+
+
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_triton_interpreter(definition, name):
+    check(definition, TRITON_CASES[name], "triton", 1e-5, seed=len(name))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_functions_one_by_one(definition, backend):
+    lengths = [5, 0, 44]
+    x = definition.make_inputs(lengths, 4, 2, 16, 16, SMALL, seed=3)
+    y = definition.as_float64(x)
+    expected = definition.sparse_attention(y.q, *y.kv, y.gates, lengths, y.params, SMALL)
+    (k, v), cu = x.kv[0], x.cu_seqlens
+    sizes = {"block": SMALL.block, "stride": SMALL.stride, "backend": backend}
+    k_cmp, cu_blocks = compress(k, x.params[0], x.params[1], cu, **sizes)
+    v_cmp, _ = compress(v, x.params[2], x.params[3], cu, **sizes)
+    o_cmp, lse = compressed_attention(x.q, k_cmp, v_cmp, cu, cu_blocks, **sizes)
+    blocks = select_blocks(x.q, k_cmp, lse, cu, cu_blocks, **sizes, select_block=SMALL.select_block, count=SMALL.count)
+    o_slc = selected_attention(x.q, *x.kv[1], blocks, cu, select_block=SMALL.select_block, backend=backend)
+    o_win = window_attention(x.q, *x.kv[2], cu, window=SMALL.window, backend=backend)
+    assert cu_blocks.tolist() == [0, 0, 0, 10]
+    for branch, out in enumerate((o_cmp, o_slc, o_win)):
+        assert definition.error(out, expected.branches[branch]) < 1e-5, branch
+    assert torch.isneginf(lse[:5]).all()
+    (
+        sum(o_cmp.sum(-1)) + 0.1 * lse[5 + SMALL.block :].sum(0) + sum(o_slc.sum(-1)) + sum(o_win.sum(-1))
+    ).sum().backward()
+    y_lse = []
+    for g in range(4):
+        kc = definition.phi(
+            y.kv[0][0][5:, g // 2], y.params[0][g // 2], y.params[1][g // 2], SMALL.block, SMALL.stride, "linear"
+        )
+        t, i = torch.arange(44), torch.arange(10)
+        logits = (y.q[5:, g] @ kc.T) / 4
+        logits = logits.masked_fill(i[None] * SMALL.stride + SMALL.block - 1 > t[:, None], -torch.inf)
+        y_lse.append(torch.logsumexp(logits[SMALL.block :], -1).sum())
+    (expected.branches.sum() + 0.1 * sum(y_lse)).backward()
+    errors = definition.gradient_errors(x, y)
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_replayed_blocks_are_used(definition, backend):
+    lengths = [40, 17]
+    x = definition.make_inputs(lengths, 2, 1, 16, 16, SMALL, seed=5)
+    y = definition.as_float64(x)
+    generator = torch.Generator().manual_seed(9)
+    blocks = torch.full((57, 1, 3), -1, dtype=torch.int32)
+    for t in range(57):
+        own = (t if t < 40 else t - 40) // SMALL.select_block
+        some = torch.randperm(own + 1, generator=generator)[:3].sort().values
+        blocks[t, 0, : len(some)] = some.int()
+    out, used = run(x, SMALL, backend, block_indices=blocks, return_blocks=True)
+    expected = definition.sparse_attention(y.q, *y.kv, y.gates, lengths, y.params, SMALL, blocks=blocks)
+    assert torch.equal(used, blocks)
+    assert definition.error(out, expected.out) < 1e-5
+    out.sum().backward()
+    expected.out.sum().backward()
+    assert definition.error(x.kv[1][0].grad, y.kv[1][0].grad) < 1e-5
+    assert definition.error(x.q.grad, y.q.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_large_logits_stay_finite(definition, backend):
+    x = definition.make_inputs([37], 2, 1, 16, 16, SMALL, seed=6, spread=1000.0)
+    out = run(x, SMALL, backend)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(leaf.grad.isfinite().all() for leaf in definition.leaves(x))
+
+
+def test_short_context_with_open_selection_is_dense_attention(definition):
+    config = NSAConfig(8, 4, 8, 16, 1, 2, 12)
+    x = definition.make_inputs([100], 4, 2, 16, 16, config, seed=7)
+    gates = torch.zeros(100, 4, 3)
+    gates[..., 1] = 1
+    out = native_sparse_attention(x.q, *x.kv, gates, x.cu_seqlens, PhiParams(*x.params), config)
+    q, k, v = (t.transpose(0, 1)[None] for t in (x.q, *x.kv[1]))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(
+        0, 1
+    )
+    torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_of_queries_change_nothing(definition, monkeypatch):
+    from plumbline.kernels.nsa import layout, reference
+
+    x = definition.make_inputs([100, 30], 4, 2, 16, 16, SMALL, seed=8)
+    whole = run(x, SMALL, "torch")
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(layout, "KEEP_MASK_TOKENS", 10)
+    torch.testing.assert_close(run(x, SMALL, "torch"), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_of_pairs_change_nothing(definition, monkeypatch):
+    from plumbline.kernels.nsa.triton_backend import launch, scores
+
+    x = definition.make_inputs([100, 61], 2, 1, 16, 16, SMALL, seed=8)
+    whole = run(x, SMALL, "triton")
+    whole.sum().backward()
+    grads = [leaf.grad.clone() for leaf in definition.leaves(x)]
+    for leaf in definition.leaves(x):
+        leaf.grad = None
+    for name in ("PAIR_BYTES_FORWARD", "PAIR_BYTES_BACKWARD"):
+        monkeypatch.setattr(launch, name, 1)
+    monkeypatch.setattr(scores, "CHUNK_BYTES", 1)
+    again = run(x, SMALL, "triton")
+    again.sum().backward()
+    torch.testing.assert_close(again, whole, rtol=1e-5, atol=1e-6)
+    for a, leaf in zip(grads, definition.leaves(x), strict=True):
+        torch.testing.assert_close(leaf.grad, a, rtol=1e-4, atol=1e-5)
+
+
+def test_triton_equals_itself_bit_for_bit(definition):
+    runs = []
+    for _ in range(2):
+        x = definition.make_inputs([50, 9], 3, 1, 16, 16, SMALL, seed=2)
+        run(x, SMALL, "triton").sum().backward()
+        runs.append([leaf.grad for leaf in definition.leaves(x)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (10, 3, 16)}, "q has 3 heads"),
+        ({"k": (10, 2, 8)}, "head dim"),
+        ({"k": (9, 2, 16)}, "rows"),
+        ({"window": 0}, "window"),
+        ({"backend": "cuda"}, "backend"),
+        ({"scale": -1.0}, "scale"),
+        ({"cu": torch.tensor([0, 10])}, "cu_seqlens"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    q, k, v = (
+        torch.randn(change.get("q", (10, 4, 16))),
+        torch.randn(change.get("k", (10, 2, 16))),
+        torch.randn(10, 2, 16),
+    )
+    options = {
+        "window": change.get("window", 4),
+        "backend": change.get("backend", "auto"),
+        "scale": change.get("scale"),
+    }
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, change.get("cu", torch.tensor([0, 10], dtype=torch.int32)), **options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"block": 10}, "block"),
+        ({"select_block": 30}, "select_block"),
+        ({"count": 2}, "count"),
+        ({"phi": "max"}, "phi"),
+    ],
+)
+def test_bad_config_is_named(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        NSAConfig(**{"stride": 4, "block": 8, "select_block": 8, **sizes})

@@ -58,7 +58,7 @@ class AdaptiveGradientClipper:
 
     @torch.no_grad()
     def clip(self) -> Tensor:
-        """Scale `.grad` in place. Returns the global gradient norm before clipping (float32 scalar).
+        """Scale `.grad` in place. Returns the global gradient norm before clipping (scalar, float32 or wider).
 
         A non-finite gradient changes nothing, neither gradients nor state: the returned norm is then not finite, and
         the caller decides whether to skip the step.
@@ -101,6 +101,6 @@ class AdaptiveGradientClipper:
 
 
 def _whole_norm(grad: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     # A DTensor's norm is still a partial sum on each rank until it is made whole.
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from plumbline.models.config import PolicyConfig
 from plumbline.models.policy import Policy
-from plumbline.rl.procedural import ProceduralProblem, generate
+from plumbline.rl.procedural import ProceduralProblem, stream
 
 END = "<|end|>"
 PAD = "<|pad|>"
@@ -39,7 +41,7 @@ class Recipe:
     """Everything that decides the result.
 
     Attributes:
-        problems: different training problems of the first stage, each seen once.
+        problems: worked solutions of the first stage, in equal shares of families and levels.
         batch: sequences an optimizer step.
         learning_rate: peak of the first stage (warm-up, then cosine to zero).
         mixed_problems: of the second stage.
@@ -48,10 +50,10 @@ class Recipe:
         guess_accuracy: share of bare guesses that are right.
     """
 
-    problems: int = 240_000
-    batch: int = 128
+    problems: int = 1_500_000
+    batch: int = 256
     learning_rate: float = 2e-3
-    mixed_problems: int = 12_800
+    mixed_problems: int = 25_600
     mixed_learning_rate: float = 4e-4
     worked_share: float = 0.3
     guess_accuracy: float = 0.25
@@ -68,19 +70,18 @@ NSA = {"block": 8, "stride": 4, "select_block": 8, "count": 4, "initial": 1, "lo
 
 
 def build(out: Path, seed: int = 0, recipe: Recipe | None = None) -> None:
-    """Train the policy and write its folder: weights, config, tokenizer, prompt style. The same seed gives the same weights.
+    """Train the policy and write its folder: weights, config, tokenizer, prompt style.
 
-    Takes about half an hour on two CPU cores.
+    The same seed on the same kind of machine gives the same weights.
     """
     recipe = recipe or Recipe()
     torch.manual_seed(seed)
     # Cold start and mixed stage draw other problems than any run's training set: their own seeds.
-    worked = generate("train", recipe.problems, seed + 1_000_003)
-    mixed = generate("train", recipe.mixed_problems, seed + 2_000_003)
+    worked = list(stream("train", recipe.problems, seed + 1_000_003))
     tokenizer = train_tokenizer(worked[:20_000], recipe.vocab)
     policy = Policy(policy_config(tokenizer, recipe))
     fit(policy, tokenizer, [(p.problem, p.solution) for p in worked], recipe.learning_rate, recipe.batch, seed, "worked solutions")
-    save(policy, tokenizer, out)
+    mixed = stream("train", recipe.mixed_problems, seed + 2_000_003)
     demonstrations = list(mixed_demonstrations(mixed, recipe, seed))
     fit(policy, tokenizer, demonstrations, recipe.mixed_learning_rate, recipe.batch, seed, "mixed demonstrations")
     save(policy, tokenizer, out)
@@ -124,7 +125,7 @@ def policy_config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> PolicyC
     )
 
 
-def mixed_demonstrations(problems: list[ProceduralProblem], recipe: Recipe, seed: int) -> Iterator[tuple[str, str]]:
+def mixed_demonstrations(problems: Iterable[ProceduralProblem], recipe: Recipe, seed: int) -> Iterator[tuple[str, str]]:
     """(problem, completion) pairs: some worked, the rest bare guesses."""
     rng = Random(seed)
     for problem in problems:
@@ -155,7 +156,7 @@ def fit(
     """One pass of TRL's SFTTrainer, loss on completions alone."""
     from trl import SFTConfig, SFTTrainer
 
-    dataset = Dataset.from_list([encode(tokenizer, problem, completion) for problem, completion in demonstrations])
+    dataset = encode(tokenizer, demonstrations)
     config: dict[str, Any] = dict(
         output_dir=str(Path(os.environ.get("TMPDIR", "/tmp")) / "plumbline-coldstart"),
         per_device_train_batch_size=batch,
@@ -177,7 +178,8 @@ def fit(
         gradient_checkpointing=False,
         save_strategy="no",
         report_to="none",
-        logging_steps=20,
+        logging_steps=50,
+        dataloader_num_workers=2 if torch.cuda.is_available() else 0,
         seed=seed,
         data_seed=seed,
         disable_tqdm=True,
@@ -187,13 +189,25 @@ def fit(
     trainer.train()
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, problem: str, completion: str) -> dict[str, Any]:
-    """input_ids, and labels that put the loss on the completion and its end token."""
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    completion_ids = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    ids = [*prompt_ids, *completion_ids]
-    return {"input_ids": ids, "labels": [-100] * len(prompt_ids) + completion_ids, "length": len(ids)}
+def encode(tokenizer: PreTrainedTokenizerFast, demonstrations: list[tuple[str, str]]) -> Dataset:
+    """input_ids, labels that put the loss on the completion and its end token, and length."""
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True)
+        for problem, _ in demonstrations
+    ]
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    completion_ids = tokenizer([completion + END for _, completion in demonstrations], add_special_tokens=False)["input_ids"]
+    lengths = np.array([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)])
+    offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int64())
+    tokens, labels = np.empty(lengths.sum(), np.int32), np.full(lengths.sum(), -100, np.int32)
+    at = 0
+    for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+        middle, end = at + len(prompt), at + len(prompt) + len(completion)
+        tokens[at:middle], tokens[middle:end], labels[middle:end] = prompt, completion, completion
+        at = end
+    columns = {"input_ids": tokens, "labels": labels}
+    arrays: dict[str, pa.Array] = {name: pa.LargeListArray.from_arrays(offsets, pa.array(x)) for name, x in columns.items()}
+    return Dataset(pa.table({**arrays, "length": pa.array(lengths)}))
 
 
 def save(policy: Policy, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

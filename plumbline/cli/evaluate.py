@@ -32,7 +32,7 @@ def evaluate(
     launch_evaluation(
         model,
         [name.strip() for name in benchmarks.split(",") if name.strip()],
-        Console(),
+        Console(emoji=False),
         limit=limit,
         completions=completions,
         temperature=temperature,

@@ -20,4 +20,4 @@ def run(
     from plumbline.rl.config import load_config
     from plumbline.rl.launch import launch_pipeline
 
-    launch_pipeline(load_config(config, overrides or []), Console(), resume=resume, overwrite=overwrite)
+    launch_pipeline(load_config(config, overrides or []), Console(emoji=False), resume=resume, overwrite=overwrite)

@@ -20,4 +20,4 @@ def train(
     from plumbline.rl.config import load_config
     from plumbline.rl.launch import launch_training
 
-    launch_training(load_config(config, overrides or []), Console(), resume=resume, overwrite=overwrite)
+    launch_training(load_config(config, overrides or []), Console(emoji=False), resume=resume, overwrite=overwrite)

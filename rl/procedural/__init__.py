@@ -7,7 +7,7 @@ disjoint whatever the seeds and sizes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -102,6 +102,20 @@ def generate(
             raise InputError(f"the chosen families and levels hold only {len(problems)} different {split} problems, not {count}")
         cells = left or cells
     return problems
+
+
+def stream(split: str, count: int, seed: int) -> Iterator[ProceduralProblem]:
+    """`count` problems with families and levels in equal shares, repeats allowed: what a long cold start reads."""
+    rng = Random(f"stream/{split}/{seed}")
+    cells = [(family, level) for level in LEVELS for family in FAMILIES]
+    for number in range(count):
+        if number % len(cells) == 0:
+            rng.shuffle(cells)
+        family, level = cells[number % len(cells)]
+        problem = None
+        while problem is None:
+            problem = _draw(rng, split, family, level, set())
+        yield problem
 
 
 def split_of(statement: str) -> str:

@@ -65,7 +65,7 @@ def draw(logits: Tensor, sampling: Sampling, keys: Tensor, positions: Tensor) ->
     probabilities = logprobs.exp()
     u = uniforms(keys, positions)
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         ordered = torch.where(before < sampling.top_p, ordered, torch.zeros_like(ordered))
         tokens = order.gather(-1, _inverse_cdf(ordered, u)[:, None]).squeeze(-1)

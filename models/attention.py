@@ -72,7 +72,10 @@ class FullAttention(Attention):
         q, [(k, v)] = self.project(x, cos, sin)
         cache.k[plan.slots, :, plan.position] = k.to(cache.k.dtype)
         cache.v[plan.slots, :, plan.position] = v.to(cache.v.dtype)
-        keys, values = (store[plan.slots, :, : plan.longest].to(q.dtype) for store in (cache.k, cache.v))
+        # index_select copies whole rows: several times faster on a CPU than indexing with a tensor.
+        keys, values = (
+            store[:, :, : plan.longest].index_select(0, plan.slots).to(q.dtype) for store in (cache.k, cache.v)
+        )
         out = F.scaled_dot_product_attention(
             q[:, :, None], keys, values, attn_mask=plan.mask, enable_gqa=self.heads != self.kv_heads
         )

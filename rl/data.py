@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from plumbline.errors import InputError
+from plumbline.rewards.extraction import last_boxed
 from plumbline.rl.procedural import SPLITS, generate
 
 # Column names that public sets use for each field, the first found wins.
 ALIASES = {
     "id": ("id", "unique_id", "problem_id", "ID"),
     "problem": ("problem", "question", "prompt", "Problem"),
-    "answer": ("answer", "final_answer", "ground_truth", "gold", "Answer"),
+    "answer": ("answer", "final_answer", "ground_truth", "gold", "Answer", "solution"),
 }
+FILE_TYPES = (".jsonl", ".json", ".parquet")
 
 # Benchmarks by name: files that PLUMBLINE_DATA may hold, then the hub's id and split.
 BENCHMARKS: dict[str, tuple[str, str, str, str | None]] = {
@@ -153,17 +155,17 @@ def _problem(row: dict[str, Any], number: int, renamed: dict[str, str], report: 
         column = next((c for c in columns if row.get(c) is not None), None)
         if column is None:
             if name in renamed and number == 1 and renamed[name] not in row:
-                raise InputError(f"{report.source} has no column {renamed[name]!r} (data.fields.{name}); it has {', '.join(map(str, row))}")
+                raise InputError(
+                    f"{report.source} has no column {renamed[name]!r} (data.fields.{name}); "
+                    f"it has {', '.join(map(str, row))}"
+                )
             if name != "id":
                 report.missing.append((number, name))
                 return None
             continue
         found[name] = row[column]
         used.add(column)
-    answer = str(found["answer"]).strip()
-    if "####" in answer:
-        # GSM8K's hub rows: the solution, then the number.
-        answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
+    answer = _gold(str(found["answer"]))
     if not answer:
         report.empty_golds.append(number)
         return None
@@ -175,13 +177,29 @@ def _problem(row: dict[str, Any], number: int, renamed: dict[str, str], report: 
     return Problem(sample_id, statement, answer, {k: v for k, v in row.items() if k not in used})
 
 
-def _rows(source: str, split: str | None, limit: int | None, seed: int, levels: list[int] | None) -> Iterable[dict[str, Any]]:
+def _gold(text: str) -> str:
+    """The answer in a gold column, which in some sets holds a whole solution."""
+    if "####" in text:
+        # GSM8K's hub rows: the solution, then the number.
+        return text.rsplit("####", 1)[1].strip().replace(",", "")
+    # MATH-style solutions box their answer.
+    boxed = last_boxed(text)
+    return (text if boxed is None else boxed).strip()
+
+
+def _rows(
+    source: str, split: str | None, limit: int | None, seed: int, levels: list[int] | None
+) -> Iterable[dict[str, Any]]:
     kind, _, rest = source.partition(":")
     if kind == "procedural":
         if rest not in SPLITS:
-            raise InputError(f"unknown source {source!r}; procedural sources are {', '.join(f'procedural:{s}' for s in SPLITS)}")
+            raise InputError(
+                f"unknown source {source!r}; procedural sources are {', '.join(f'procedural:{s}' for s in SPLITS)}"
+            )
         made = generate(rest, limit or 1000, seed, levels=levels)
-        return ({"id": p.id, "problem": p.problem, "answer": p.answer, "family": p.family, "level": p.level} for p in made)
+        return (
+            {"id": p.id, "problem": p.problem, "answer": p.answer, "family": p.family, "level": p.level} for p in made
+        )
     if kind == "reasoning-gym":
         return _reasoning_gym(rest, limit or 1000, seed)
     if source in BENCHMARKS:
@@ -191,14 +209,14 @@ def _rows(source: str, split: str | None, limit: int | None, seed: int, levels: 
         return _datasets_folder(path, split)
     if path.is_file():
         return _file(path)
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not path.suffix:
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in FILE_TYPES:
         name, _, config = source.partition(":")
         return _hub(name, config or None, split)
     if path.suffix or "/" in source:
         raise InputError(f"data file {source} does not exist")
     raise InputError(
-        f"unknown benchmark or data source {source!r}; known names: {', '.join(BENCHMARKS)}, procedural:train, procedural:heldout; "
-        "else give a file, a `datasets` folder or a hub id (owner/name)"
+        f"unknown benchmark or data source {source!r}; known names: {', '.join(BENCHMARKS)}, procedural:train, "
+        "procedural:heldout; else give a file, a `datasets` folder or a hub id (owner/name)"
     )
 
 
@@ -222,8 +240,8 @@ def _file(path: Path) -> Iterator[dict[str, Any]]:
             return iter(pq.read_table(path).to_pylist())
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(f"{path} is not a readable Parquet file: {_line(error)}") from None
-    if path.suffix not in (".jsonl", ".json"):
-        raise InputError(f"{path}: unknown file type {path.suffix!r}; use .jsonl, .json or .parquet")
+    if path.suffix not in FILE_TYPES:
+        raise InputError(f"{path}: unknown file type {path.suffix!r}; use {', '.join(FILE_TYPES)}")
     return _json_rows(path)
 
 
@@ -277,7 +295,9 @@ def _hub(name: str, config: str | None, split: str | None) -> Iterator[dict[str,
     try:
         loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the hub client raises a different type for every way of failing
-        raise InputError(f"data set {name} can be read neither as a local path nor from the hub: {_line(error)}") from None
+        raise InputError(
+            f"data set {name} can be read neither as a local path nor from the hub: {_line(error)}"
+        ) from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = loaded[_pick_split(list(loaded), split, name)]
     return iter(loaded)
@@ -300,7 +320,12 @@ def _reasoning_gym(task: str, count: int, seed: int) -> Iterator[dict[str, Any]]
     except ValueError as error:
         raise InputError(f"reasoning-gym has no usable task {task!r}: {_line(error)}") from None
     for number, entry in enumerate(made):
-        yield {"id": f"{task}-{seed}-{number}", "problem": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
+        yield {
+            "id": f"{task}-{seed}-{number}",
+            "problem": entry["question"],
+            "answer": entry["answer"],
+            "metadata": entry["metadata"],
+        }
 
 
 def _shown(items: list[Any]) -> str:

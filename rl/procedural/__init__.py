@@ -99,7 +99,9 @@ def generate(
                 problems.append(problem)
                 left.append((family, level))
         if not left and len(problems) < count:
-            raise InputError(f"the chosen families and levels hold only {len(problems)} different {split} problems, not {count}")
+            raise InputError(
+                f"the chosen families and levels hold only {len(problems)} different {split} problems, not {count}"
+            )
         cells = left or cells
     return problems
 
@@ -129,7 +131,7 @@ def _draw(rng: Random, split: str, family: str, level: int, seen: set[str]) -> P
         if draft.statement in seen or split_of(draft.statement) != split:
             continue
         seen.add(draft.statement)
-        name = hashlib.sha256(draft.statement.encode()).hexdigest()[:8]
+        name = hashlib.sha256(draft.statement.encode()).hexdigest()[:12]
         solution = f"{draft.steps}. \\boxed{{{draft.answer}}}"
         return ProceduralProblem(f"{family}-{level}-{name}", draft.statement, draft.answer, family, level, solution)
     return None

@@ -54,11 +54,15 @@ def sequences(rng: Random, level: int) -> Draft:
         for k in range(4):
             terms.append(terms[-1] + step + k * growth)
         last = terms[3] - terms[2]
-        steps = f"{terms[3]}-{terms[2]}={last}, {terms[2]}-{terms[1]}={last - growth}, {last}+{growth}={last + growth}, {terms[3]}+{last + growth}={terms[4]}"
         answer = terms.pop()
+        steps = (
+            f"{terms[3]}-{terms[2]}={last}, {terms[2]}-{terms[1]}={last - growth}, "
+            f"{last}+{growth}={last + growth}, {terms[3]}+{last + growth}={answer}"
+        )
     else:
         span = 9 if level == 1 else 25
-        first, step = rng.randint(1, 30 if level == 1 else 80), rng.randint(1, span) * (1 if level == 1 else rng.choice((1, -1)))
+        first = rng.randint(1, 30 if level == 1 else 80)
+        step = rng.randint(1, span) * (1 if level == 1 else rng.choice((1, -1)))
         terms = [first + k * step for k in range(4)]
         steps = f"{number(terms[1])}-{number(terms[0])}={step}, {terms[3]}+{number(step)}={terms[3] + step}"
         answer = terms[3] + step

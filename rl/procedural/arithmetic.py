@@ -55,8 +55,14 @@ def powers(rng: Random, level: int) -> Draft:
         1: [(b, 2) for b in range(2, 13)],
         2: [(b, 3) for b in range(2, 7)] + [(b, 2) for b in range(11, 21)],
         3: [(2, e) for e in range(4, 9)] + [(3, 4), (4, 4), (7, 3), (8, 3)] + [(b, 2) for b in range(21, 31)],
-        4: [(2, e) for e in range(9, 12)] + [(3, 5), (5, 4), (9, 3)] + [(-b, 3) for b in range(2, 10)] + [(b, 2) for b in range(31, 51)],
-        5: [(3, 6), (4, 5), (6, 4), (7, 4)] + [(-b, 4) for b in range(2, 8)] + [(b, 3) for b in range(11, 20)] + [(b, 2) for b in range(51, 100)],
+        4: [(2, e) for e in range(9, 12)]
+        + [(3, 5), (5, 4), (9, 3)]
+        + [(-b, 3) for b in range(2, 10)]
+        + [(b, 2) for b in range(31, 51)],
+        5: [(3, 6), (4, 5), (6, 4), (7, 4)]
+        + [(-b, 4) for b in range(2, 8)]
+        + [(b, 3) for b in range(11, 20)]
+        + [(b, 2) for b in range(51, 100)],
     }
     base, exponent = rng.choice(choices[level])
     shown = f"({base})" if base < 0 else str(base)
@@ -75,7 +81,9 @@ def percentages(rng: Random, level: int) -> Draft:
     size = unit * rng.randint(1, max(2, [200, 400, 600, 800, 9000][level - 1] // unit))
     product = percent * size
     return Draft(
-        f"What is ${percent}\\%$ of ${size}$?", str(product // 100), f"{percent}*{size}={product}, {product}/100={product // 100}"
+        f"What is ${percent}\\%$ of ${size}$?",
+        str(product // 100),
+        f"{percent}*{size}={product}, {product}/100={product // 100}",
     )
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
 from scipy.stats import f as f_distribution
 
 from plumbline.selection.scaling_law import ScalingLaw, checked, fit_scaling_law
@@ -26,6 +25,7 @@ __all__ = [
     "OneLine",
     "ScalingLaw",
     "bootstrap_loss_to_loss",
+    "drawn",
     "fit_loss_to_loss",
     "fit_offsets",
     "fit_scaling_law",
@@ -35,6 +35,9 @@ __all__ = [
 
 # Kass and Raftery's "barely worth a mention" ends about here for differences of AIC.
 AS_GOOD = 2.0
+# E fitted to the pairs stays this far below the lowest loss, where one point would decide everything.
+TOP_SHARE = 0.98
+OFFSET_ZOOMS = 8
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ def fit_loss_to_loss(x: np.ndarray, y: np.ndarray, e_x: float, e_y: float) -> Lo
 def fit_offsets(x: np.ndarray, y: np.ndarray) -> tuple[float, float, list[str]]:
     """E_x and E_y from the pairs alone, where no scaling law can give them.
 
-    Least squares of y over K, kappa, E_x, E_y from several starts. Four parameters of one gentle curve are seldom
-    determined by it: whatever is at a bound, or traded off, is said.
+    Least squares of y over K, kappa, E_x, E_y, on a grid of (E_x, kappa) that zooms in. Four parameters of one gentle
+    curve are seldom determined by it: whatever is at a bound, or traded off, is said.
 
     Returns:
         (E_x, E_y, warnings).
@@ -155,30 +158,40 @@ def fit_offsets(x: np.ndarray, y: np.ndarray) -> tuple[float, float, list[str]]:
         warnings.append(f"{len(x)} points cannot hold K, kappa, E_x and E_y; E is set to 0")
         return 0.0, 0.0, warnings
 
-    def residual(theta: np.ndarray) -> np.ndarray:
-        log_k, kappa, share_x, share_y = theta
-        return np.exp(log_k) * (x - share_x * x.min()) ** kappa + share_y * y.min() - y
-
-    low, high = np.array([-20.0, 0.05, 0.0, 0.0]), np.array([20.0, 20.0, 0.99, 0.999])
-    best = None
-    for share_x in (0.1, 0.5, 0.8):
-        for share_y in (0.1, 0.5, 0.8):
-            line = fit_loss_to_loss(x, y, share_x * x.min(), share_y * y.min())
-            initial = np.clip([np.log(line.K), line.kappa, share_x, share_y], low + 1e-6, high - 1e-6)
-            found = least_squares(residual, initial, bounds=(low, high))
-            if best is None or found.cost < best.cost:
-                best = found
-    assert best is not None
-    _, _, share_x, share_y = best.x
-    for name, share, top in (("E_x", share_x, 0.99), ("E_y", share_y, 0.999)):
-        if share < 1e-3:
-            warnings.append(f"{name} is at its lower bound 0: these points do not show where the loss ends")
-        elif share > top - 1e-3:
-            warnings.append(f"{name} is at its upper bound, the lowest loss seen")
-    lengths = np.linalg.norm(best.jac, axis=0)
-    if (lengths == 0).any() or np.linalg.cond(best.jac / lengths) > 1e3:
+    shares, kappas = np.linspace(0, TOP_SHARE, 25), np.geomspace(0.1, 8, 33)
+    for _ in range(OFFSET_ZOOMS):
+        cost = _offset_cost(x, y, shares, kappas)[0]
+        i, j = np.unravel_index(np.argmin(cost), cost.shape)
+        share, kappa = shares[i], kappas[j]
+        step = shares[1] - shares[0]
+        ratio = kappas[1] / kappas[0]
+        # Wide of the best cell: E_x and kappa trade off along a valley that runs across cells.
+        shares = np.clip(np.linspace(share - 4 * step, share + 4 * step, 25), 0, TOP_SHARE)
+        kappas = np.geomspace(kappa / ratio**4, kappa * ratio**4, 33)
+    e_y = float(_offset_cost(x, y, np.array([share]), np.array([kappa]))[1][0, 0])
+    if share < 1e-3:
+        warnings.append("E_x is at its lower bound 0: these points do not show where the loss ends")
+    elif share > TOP_SHARE - 1e-3:
+        warnings.append("E_x is at its upper bound, the lowest loss seen")
+    if e_y < 1e-3 * y.min():
+        warnings.append("E_y is at its lower bound 0: these points do not show where the loss ends")
+    e_x = float(share * x.min())
+    z = (x - e_x) ** kappa
+    # Directions of log K, kappa, E_x and E_y at the optimum, each of length one.
+    jacobian = np.stack([z, z * np.log(x - e_x), -kappa * z / (x - e_x), np.ones_like(x)], axis=1)
+    if np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0)) > 1e3:
         warnings.append("K, kappa, E_x and E_y trade off against each other; only the fitted curve is meaningful")
-    return float(share_x * x.min()), float(share_y * y.min()), warnings
+    return e_x, e_y, warnings
+
+
+def _offset_cost(x: np.ndarray, y: np.ndarray, shares: np.ndarray, kappas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(squared error, best E_y), both [shares, kappas]. E_x and kappa fixed, the rest is a line in (x - E_x)^kappa."""
+    z = np.exp(kappas[None, :, None] * np.log(x[None, :] - shares[:, None] * x.min())[:, None, :])
+    z_mean, y_mean = z.mean(-1), y.mean()
+    slope = ((z - z_mean[..., None]) @ (y - y_mean)) / np.maximum(((z - z_mean[..., None]) ** 2).sum(-1), 1e-300)
+    e_y = np.clip(y_mean - slope * z_mean, 0, 0.999 * y.min())
+    slope = np.einsum("skn,skn->sk", z, y - e_y[..., None]) / np.einsum("skn,skn->sk", z, z)
+    return ((y - e_y[..., None] - slope[..., None] * z) ** 2).sum(-1), e_y
 
 
 def straight_line(x: np.ndarray, y: np.ndarray, fit: LossToLoss, *, fitted_offsets: bool) -> tuple[float, float, bool]:
@@ -195,17 +208,16 @@ def straight_line(x: np.ndarray, y: np.ndarray, fit: LossToLoss, *, fitted_offse
 
 
 def bootstrap_loss_to_loss(
-    refit: Callable[[np.ndarray], LossToLoss],
-    n: int,
+    refit: Callable[[np.random.Generator | None], LossToLoss],
     *,
-    resamples: int = 400,
+    resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95% percentile intervals of K, kappa, E_x, E_y and R2 over resampled points.
+    """95% percentile intervals of K, kappa, E_x, E_y and R2.
 
     Args:
-        refit: from row indices [n] to a fit; refits E too where E was fitted, so that the intervals carry its error.
-        n: points.
+        refit: fits once to all points (None), or to points it resamples with the generator (see `drawn`). It should
+            fit E again where E was fitted, so that the intervals carry its error.
         resamples: how many.
         seed: of the resampling.
 
@@ -213,23 +225,26 @@ def bootstrap_loss_to_loss(
         ValueError: more than half the resamples give no fit.
     """
     rng = np.random.default_rng(seed)
-    whole = refit(np.arange(n))
+    whole = refit(None)
     fits = []
     for _ in range(resamples):
         try:
-            fits.append(refit(rng.integers(0, n, n)))
+            fits.append(refit(rng))
         except ValueError:
             # A resample of few points can be all one point, or lie at its own E. Counted in `failed`.
             continue
     if len(fits) < resamples / 2:
-        raise ValueError(
-            f"{resamples - len(fits)} of {resamples} resamples gave no fit; there are too few points ({n})"
-        )
+        raise ValueError(f"{resamples - len(fits)} of {resamples} resamples gave no fit; {whole.n} points are too few")
     intervals = {}
     for name in ("K", "kappa", "e_x", "e_y", "r2"):
         low, high = np.percentile([getattr(fit, name) for fit in fits], [2.5, 97.5])
         intervals[name] = Interval(getattr(whole, name), float(low), float(high), resamples, resamples - len(fits))
     return intervals
+
+
+def drawn(n: int, rng: np.random.Generator | None) -> np.ndarray:
+    """[n] row numbers: all of them, or as many drawn with replacement."""
+    return np.arange(n) if rng is None else rng.integers(0, n, n)
 
 
 def one_line_or_two(

@@ -63,7 +63,7 @@ th, td { padding: 0.35rem 0.7rem; border-bottom: 1px solid var(--line); text-ali
   white-space: nowrap; }
 th { background: var(--soft); }
 th:first-child, td:first-child { text-align: left; padding-left: 0.4rem; }
-th.prose, td.prose { white-space: normal; text-align: left; min-width: 15rem; }
+th.prose, td.prose { white-space: normal; text-align: left; min-width: 12rem; }
 """
 
 

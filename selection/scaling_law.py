@@ -81,15 +81,10 @@ def fit_scaling_law(
         raise ValueError(f"a scaling law needs points, got {len(l_)}")
     logs = np.log(n_), np.log(d_), np.log(l_)
     best = None
+    # Resamples are many and need no more digits than their spread.
+    options = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-12} if start is None else {"ftol": 1e-11, "gtol": 1e-9}
     for initial in STARTS if start is None else [start._vector()]:
-        found = minimize(
-            _objective,
-            initial,
-            args=logs,
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-12},
-        )
+        found = minimize(_objective, initial, args=logs, jac=True, method="L-BFGS-B", options=options)
         if np.isfinite(found.fun) and (best is None or found.fun < best.fun):
             best = found
     if best is None:

@@ -11,6 +11,7 @@ import pytest
 
 from plumbline.selection.loss_to_loss import (
     bootstrap_loss_to_loss,
+    drawn,
     fit_loss_to_loss,
     fit_offsets,
     fit_scaling_law,
@@ -128,7 +129,7 @@ def test_bootstrap_intervals_cover_the_truth():
     for seed in range(60):
         x, y = noisy(25, seed=seed)
         found = bootstrap_loss_to_loss(
-            lambda rows, x=x, y=y: fit_loss_to_loss(x[rows], y[rows], 2, 1.5), 25, resamples=100, seed=seed
+            lambda rng, x=x, y=y: fit_loss_to_loss(x[r := drawn(25, rng)], y[r], 2, 1.5), resamples=100, seed=seed
         )
         covered += found["kappa"].low <= 1.1 <= found["kappa"].high
     assert covered >= 50

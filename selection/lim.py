@@ -125,7 +125,7 @@ def lim_scores(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def select(scores: np.ndarray, threshold: float = 0.6, strict: bool = False) -> np.ndarray:
     """[N] bool: score >= threshold (strict: >). NaN is never selected."""
     scores = np.asarray(scores, dtype=np.float64)
-    return scores > threshold if strict else scores >= threshold
+    return np.greater(scores, threshold) if strict else np.greater_equal(scores, threshold)
 
 
 def _checked(curves: np.ndarray) -> np.ndarray:

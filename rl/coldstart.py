@@ -54,9 +54,9 @@ class Recipe:
         card_problems: held-out problems that the card's accuracies are measured on.
     """
 
-    problems: int = 1_500_000
-    batch: int = 256
-    learning_rate: float = 2e-3
+    problems: int = 1_100_000
+    batch: int = 512
+    learning_rate: float = 3e-3
     mixed_problems: int = 25_600
     mixed_learning_rate: float = 4e-4
     worked_share: float = 0.3

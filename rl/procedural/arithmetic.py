@@ -10,15 +10,15 @@ from plumbline.rl.procedural.draft import Draft, number
 
 
 def addition(rng: Random, level: int) -> Draft:
-    """Two numbers of one to five digits, worked digit by digit from the right."""
-    low, high = [(1, 9), (10, 99), (100, 999), (1000, 9999), (10000, 99999)][level - 1]
+    """Two numbers of one to four digits, worked digit by digit from the right."""
+    low, high = [(1, 9), (10, 49), (10, 99), (100, 999), (1000, 9999)][level - 1]
     a, b = rng.randint(low, high), rng.randint(low, high)
     return Draft(f"Compute ${a}+{b}$.", str(a + b), ", ".join(_column_sum(a, b)))
 
 
 def subtraction(rng: Random, level: int) -> Draft:
     """A difference, negative from level 3 on."""
-    low, high = [(2, 18), (10, 99), (10, 99), (100, 999), (1000, 9999)][level - 1]
+    low, high = [(2, 18), (10, 49), (10, 99), (100, 499), (100, 999)][level - 1]
     a, b = rng.randint(low, high), rng.randint(low, high)
     if level < 3 and a < b:
         a, b = b, a
@@ -31,7 +31,7 @@ def subtraction(rng: Random, level: int) -> Draft:
 
 def multiplication(rng: Random, level: int) -> Draft:
     """A product, worked by the digits of the first factor."""
-    ranges = [((2, 9), (2, 9)), ((11, 29), (2, 9)), ((30, 99), (3, 9)), ((100, 999), (3, 9)), ((11, 99), (11, 99))]
+    ranges = [((2, 9), (2, 9)), ((11, 19), (2, 5)), ((11, 49), (2, 9)), ((11, 99), (2, 9)), ((100, 499), (2, 9))]
     (a_low, a_high), (b_low, b_high) = ranges[level - 1]
     a, b = rng.randint(a_low, a_high), rng.randint(b_low, b_high)
     digits = str(a)
@@ -52,17 +52,11 @@ def multiplication(rng: Random, level: int) -> Draft:
 def powers(rng: Random, level: int) -> Draft:
     """A small power, worked as a chain of products."""
     choices = {
-        1: [(b, 2) for b in range(2, 13)],
-        2: [(b, 3) for b in range(2, 7)] + [(b, 2) for b in range(11, 21)],
-        3: [(2, e) for e in range(4, 9)] + [(3, 4), (4, 4), (7, 3), (8, 3)] + [(b, 2) for b in range(21, 31)],
-        4: [(2, e) for e in range(9, 12)]
-        + [(3, 5), (5, 4), (9, 3)]
-        + [(-b, 3) for b in range(2, 10)]
-        + [(b, 2) for b in range(31, 51)],
-        5: [(3, 6), (4, 5), (6, 4), (7, 4)]
-        + [(-b, 4) for b in range(2, 8)]
-        + [(b, 3) for b in range(11, 20)]
-        + [(b, 2) for b in range(51, 100)],
+        1: [(b, 2) for b in range(2, 11)],
+        2: [(b, 3) for b in range(2, 6)] + [(b, 2) for b in range(11, 16)],
+        3: [(2, e) for e in range(4, 7)] + [(3, 4), (6, 3), (7, 3)] + [(b, 2) for b in range(16, 21)],
+        4: [(2, e) for e in range(7, 10)] + [(4, 4), (8, 3), (9, 3)] + [(-b, 3) for b in range(2, 8)],
+        5: [(3, 5), (5, 4), (4, 5)] + [(-b, 4) for b in range(2, 6)] + [(b, 2) for b in range(21, 41)],
     }
     base, exponent = rng.choice(choices[level])
     shown = f"({base})" if base < 0 else str(base)
@@ -75,10 +69,10 @@ def powers(rng: Random, level: int) -> Draft:
 
 def percentages(rng: Random, level: int) -> Draft:
     """A percentage of a number with a whole or decimal result."""
-    percents = [[10, 50, 100], [20, 25, 40, 75], [5, 15, 30, 60, 80], [8, 12, 35, 45, 65], [17, 23, 48, 62, 94]]
+    percents = [[10, 50], [20, 25], [5, 40, 75], [15, 30, 60], [12, 35, 45, 80]]
     percent = rng.choice(percents[level - 1])
     unit = 100 // math.gcd(percent, 100)
-    size = unit * rng.randint(1, max(2, [200, 400, 600, 800, 9000][level - 1] // unit))
+    size = unit * rng.randint(1, max(2, [100, 120, 200, 300, 600][level - 1] // unit))
     product = percent * size
     return Draft(
         f"What is ${percent}\\%$ of ${size}$?",
@@ -89,7 +83,7 @@ def percentages(rng: Random, level: int) -> Draft:
 
 def fractions(rng: Random, level: int) -> Draft:
     """A sum, difference or product of fractions, reduced."""
-    top = [4, 6, 8, 12, 20][level - 1]
+    top = [4, 5, 6, 8, 10][level - 1]
     b, d = rng.randint(2, top), rng.randint(2, top)
     if level == 1:
         d = b

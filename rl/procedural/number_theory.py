@@ -10,7 +10,7 @@ from plumbline.rl.procedural.draft import Draft
 
 def remainders(rng: Random, level: int) -> Draft:
     """The remainder of a division."""
-    low, high, top = [(5, 30, 5), (20, 99, 9), (50, 200, 9), (100, 999, 12), (1000, 9999, 19)][level - 1]
+    low, high, top = [(5, 30, 5), (10, 50, 6), (20, 80, 9), (50, 120, 9), (50, 200, 12)][level - 1]
     m = rng.randint(3, top)
     a = rng.randint(low, high)
     quotient, rest = divmod(a, m)
@@ -20,8 +20,8 @@ def remainders(rng: Random, level: int) -> Draft:
 
 def greatest_common_divisors(rng: Random, level: int) -> Draft:
     """gcd by Euclid's algorithm."""
-    factor = rng.randint(1, [5, 9, 12, 15, 25][level - 1])
-    span = [5, 9, 12, 25, 40][level - 1]
+    factor = rng.randint(1, [4, 5, 6, 8, 10][level - 1])
+    span = [5, 6, 8, 10, 12][level - 1]
     a, b = factor * rng.randint(2, span), factor * rng.randint(2, span)
     steps = _euclid(a, b)
     return Draft(f"Find $\\gcd({a}, {b})$.", str(math.gcd(a, b)), ", ".join(steps))
@@ -29,7 +29,7 @@ def greatest_common_divisors(rng: Random, level: int) -> Draft:
 
 def least_common_multiples(rng: Random, level: int) -> Draft:
     """lcm as the product over the gcd."""
-    top = [6, 10, 15, 24, 40][level - 1]
+    top = [6, 8, 10, 12, 15][level - 1]
     a, b = rng.randint(2, top), rng.randint(2, top)
     divisor, product = math.gcd(a, b), a * b
     steps = [*_euclid(a, b), f"{a}*{b}={product}", f"{product}/{divisor}={product // divisor}"]
@@ -38,7 +38,7 @@ def least_common_multiples(rng: Random, level: int) -> Draft:
 
 def modular_products(rng: Random, level: int) -> Draft:
     """a b mod m."""
-    low, high, top = [(2, 6, 5), (3, 9, 7), (5, 15, 9), (11, 30, 12), (20, 60, 19)][level - 1]
+    low, high, top = [(2, 6, 5), (2, 9, 6), (3, 9, 7), (3, 12, 9), (5, 15, 10)][level - 1]
     a, b, m = rng.randint(low, high), rng.randint(low, high), rng.randint(3, top)
     product = a * b
     quotient, rest = divmod(product, m)

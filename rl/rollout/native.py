@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 from plumbline.models.load import load_policy
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
 from plumbline.rl.rollout.sampler import draw, sequence_key
-from plumbline.rl.text import Codec
+
+if TYPE_CHECKING:
+    from plumbline.rl.text import Codec
 
 
 @dataclass

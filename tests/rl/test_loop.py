@@ -1,0 +1,161 @@
+"""Training for real on a local Ray cluster with a tiny policy: what a run leaves behind, and that resuming changes nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from plumbline.errors import InputError
+from plumbline.models.load import load_policy
+from plumbline.models.policy import Policy
+from plumbline.rl import coldstart
+from plumbline.rl.cluster import Roles
+from plumbline.rl.config import parse_config
+from plumbline.rl.loop import train
+from plumbline.rl.procedural import generate
+from plumbline.rl.tasks import training_tasks
+from plumbline.rl.telemetry import read_metrics
+from plumbline.rl.text import Codec
+from plumbline.selection.history import read_history
+
+RECIPE = coldstart.Recipe(vocab=300, hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def policy_path(tmp_path_factory):
+    """A random policy that boxes digits now and then is not needed: rewards come from the shaping below."""
+    torch.manual_seed(0)
+    tokenizer = coldstart.train_tokenizer(generate("train", 200, 0), RECIPE.vocab)
+    folder = tmp_path_factory.mktemp("policy")
+    coldstart.save(Policy(coldstart.policy_config(tokenizer, RECIPE)), tokenizer, folder)
+    return str(folder)
+
+
+def config(policy_path, output, **changes):
+    tree = {
+        "name": "tiny",
+        "output": str(output),
+        "seed": 3,
+        "steps": 4,
+        "policy": {"path": policy_path, "device": "cpu"},
+        "data": {"source": "procedural:train", "limit": 10},
+        # Prompts a step do not divide the set, so the runs below cross epochs in the middle of a step.
+        "rollout": {"prompts_per_step": 4, "completions_per_prompt": 3, "max_new_tokens": 6, "slots": 6},
+        "learner": {"learning_rate": 1e-2, "tokens_per_microbatch": 64, "threads": 1, "warmup_steps": 1},
+        "reward": {"shaping": "plumbline.testing:short_is_good"},
+        "checkpoint": {"every_steps": 2, "keep": 3},
+        "ray": {"dashboard": False},
+    }
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition("__")
+        if name:
+            tree[section] = {**tree.get(section, {}), name: value}
+        else:
+            tree[section] = value
+    return parse_config(tree)
+
+
+@pytest.fixture(scope="module")
+def roles(policy_path, tmp_path_factory):
+    with Roles.start(config(policy_path, tmp_path_factory.mktemp("cluster"))) as roles:
+        yield roles
+
+
+def run(cfg, roles, *, resume=False):
+    tasks, _ = training_tasks(cfg, Codec(cfg.policy.path, overrides=cfg.prompt))
+    cfg.folder.mkdir(parents=True, exist_ok=True)
+    return train(cfg, roles, tasks, Console(quiet=True), resume=resume)
+
+
+def weights(result):
+    return load_policy(result.policy, dtype=torch.float32).state_dict()
+
+
+@pytest.fixture(scope="module")
+def straight(policy_path, roles, tmp_path_factory):
+    cfg = config(policy_path, tmp_path_factory.mktemp("straight"))
+    return cfg, run(cfg, roles)
+
+
+def test_a_run_leaves_everything_behind(straight, policy_path):
+    cfg, result = straight
+    assert result.rollouts == 4 * 4 * 3
+    history = read_history(cfg.folder / "history").to_pylist()
+    assert len(history) == result.rollouts
+    assert {row["run"] for row in history} == {"tiny"}
+    assert [row["policy_version"] for row in history] == [step for step in range(4) for _ in range(12)]
+    metrics = read_metrics(cfg.folder)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert all(row["learner/skipped_steps"] == 0 for row in metrics)
+    # On policy and on one machine, the learner's log-probabilities are the rollout's.
+    assert metrics[0]["learner/ratio_max"] == pytest.approx(1, abs=1e-4)
+    completions = [json.loads(line) for path in sorted((cfg.folder / "completions").glob("*.jsonl")) for line in path.open()]
+    assert len(completions) == result.rollouts
+    assert [row["sample_id"] for row in completions] == [row["sample_id"] for row in history]
+    assert len(list((cfg.folder / "tensorboard").iterdir())) == 1
+    start, end = load_policy(policy_path, dtype=torch.float32).state_dict(), weights(result)
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_every_sample_comes_once_an_epoch(straight):
+    cfg, _ = straight
+    rows = read_history(cfg.folder / "history").to_pylist()
+    first_epoch = [row["sample_id"] for row in rows if row["epoch"] == 0 and row["rollout"] == 0]
+    assert len(first_epoch) == len(set(first_epoch)) == 10
+
+
+def test_two_plus_two_steps_equal_four(straight, policy_path, roles, tmp_path):
+    _, whole = straight
+    cfg = config(policy_path, tmp_path)
+    run(cfg.model_copy(update={"steps": 2}), roles)
+    # What a killed run wrote after its checkpoint must not be counted twice.
+    shutil.copytree(cfg.folder / "checkpoints" / "step-000002", tmp_path / "kept")
+    run(cfg.model_copy(update={"steps": 3}), roles, resume=True)
+    shutil.rmtree(cfg.folder / "checkpoints" / "step-000003")
+    parts = run(cfg, roles, resume=True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(parts)[name]), name
+    assert read_history(cfg.folder / "history").num_rows == 4 * 12
+    assert [row["step"] for row in read_metrics(cfg.folder)] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, policy_path, roles, tmp_path):
+    source, whole = straight
+    cfg = config(policy_path, tmp_path / "copy")
+    shutil.copytree(source.folder, cfg.folder)
+    victim = cfg.folder / "checkpoints" / "step-000004" / "policy" / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    again = run(cfg, roles, resume=True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+
+
+def test_a_checkpoint_of_another_shape_is_refused(straight, roles, tmp_path):
+    source, _ = straight
+    tokenizer = coldstart.train_tokenizer(generate("train", 200, 0), RECIPE.vocab)
+    other = coldstart.policy_config(tokenizer, RECIPE)
+    other.intermediate_size = 64
+    coldstart.save(Policy(other), tokenizer, tmp_path / "other")
+    cfg = config(str(tmp_path / "other"), tmp_path / "copy", steps=5)
+    shutil.copytree(source.folder, cfg.folder)
+    with pytest.raises(InputError, match="of another shape: .*mlp"):
+        run(cfg, roles, resume=True)
+
+
+def test_other_data_is_refused_when_resuming(straight, policy_path, roles, tmp_path):
+    source, _ = straight
+    cfg = config(policy_path, tmp_path / "copy", data__seed=9, steps=5)
+    shutil.copytree(source.folder, cfg.folder)
+    with pytest.raises(InputError, match="other samples"):
+        run(cfg, roles, resume=True)
+
+
+def test_slots_and_workers_do_not_change_the_samples(straight, policy_path, tmp_path, roles):
+    source, _ = straight
+    cfg = config(policy_path, tmp_path, rollout__slots=64, steps=1)
+    run(cfg, roles)
+    columns = ["sample_id", "tokens", "reward"]
+    few = read_history(source.folder / "history").select(columns).slice(0, 12)
+    assert read_history(cfg.folder / "history").select(columns).equals(few)

@@ -44,14 +44,14 @@ def curves(
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     names = [run] if isinstance(run, str) else list(run) if run is not None else [only_run(folder)]
-    ids, codes_of = _merged_samples(folder, names)
+    ids, codes_of = merged_samples(folder, names)
     wide = epochs if epochs is not None else 1 + max(_last_epoch(folder, name) for name in names)
     # Epoch by epoch, so that rows of one stretch of training fall close together in memory.
     sums = np.zeros((wide, len(ids)))
     counts = np.zeros((wide, len(ids)), dtype=np.int32)
     for name in names:
         lookup = codes_of[name]
-        for batches in _gathered(folder, name):
+        for batches in gathered(folder, name):
             table = pa.Table.from_batches([batch.select(["epoch", "sample", value]) for batch in batches])
             epoch = table.column("epoch").to_numpy()
             sample = table.column("sample").to_numpy()
@@ -88,7 +88,7 @@ def only_run(folder: str | Path) -> str:
     return names[0]
 
 
-def _merged_samples(folder: str | Path, names: list[str]) -> tuple[list[str], dict[str, np.ndarray | None]]:
+def merged_samples(folder: str | Path, names: list[str]) -> tuple[list[str], dict[str, np.ndarray | None]]:
     """Ids over all runs, and each run's codes as places among them (None where they are the same)."""
     first = read_samples(folder, names[0])
     if len(names) == 1:
@@ -105,7 +105,8 @@ def _last_epoch(folder: str | Path, name: str) -> int:
     return max((pc.max(batch.column("epoch")).as_py() for batch in iterate_stored(folder, name)), default=-1)
 
 
-def _gathered(folder: str | Path, name: str) -> Iterator[list[pa.RecordBatch]]:
+def gathered(folder: str | Path, name: str) -> Iterator[list[pa.RecordBatch]]:
+    """The batches of a run, in lists of about GATHERED_ROWS rows."""
     held: list[pa.RecordBatch] = []
     rows = 0
     for batch in iterate_stored(folder, name):

@@ -2,8 +2,8 @@
 
 Packed inputs: q [T, Hq, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv], cu_seqlens int32 [B+1]. Every function runs with
 autograd. Sequences may be empty or shorter than a block. A size that does not fit is a ValueError that names the
-argument. `backend`: "torch" is the definition in plain PyTorch, "triton" the kernels that equal it, "auto" Triton on CUDA and
-PyTorch elsewhere.
+argument. `backend`: "torch" is the definition in plain PyTorch, "triton" the kernels that equal it, "auto" Triton on
+CUDA and PyTorch elsewhere.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor) -> None:
 
 
 def check_total(name: str, x: Tensor, cumulative: Tensor) -> None:
-    """ValueError unless x lies where the cumulative lengths do. (That they end at x's rows is not asked of the device.)"""
+    """ValueError unless x lies where the cumulative lengths do. (That they end at x's rows is asked on a CPU only.)"""
     if x.device != cumulative.device:
         raise ValueError(f"{name} is on {x.device} and its cumulative lengths are on {cumulative.device}")
     if x.device.type == "cpu" and int(cumulative[-1]) != x.shape[0]:

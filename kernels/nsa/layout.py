@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -36,7 +37,7 @@ class Layout:
         self.cu_seqlens = cu_seqlens
         self.device = cu_seqlens.device
         self.starts: list[int] = ends[:-1]
-        self.sizes: list[int] = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        self.sizes: list[int] = [b - a for a, b in pairwise(ends)]
         if ends[0] != 0 or min(self.sizes, default=0) < 0:
             raise ValueError("cu_seqlens must start at 0 and not decrease")
         self.lengths = cu_seqlens[1:].long() - cu_seqlens[:-1].long()

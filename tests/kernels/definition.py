@@ -1,4 +1,4 @@
-"""Native Sparse Attention written out from the formulas, one sequence and one head at a time, in float64. Slow and plain.
+"""Native Sparse Attention written out from the formulas, one sequence and one head at a time, in float64.
 
 Shares no code with the package. Loaded by the conftest of tests/kernels and of tests/gpu.
 """
@@ -19,17 +19,14 @@ def softmax_rows(logits, mask):
 
 def phi(x, weight, position, block, stride, kind):
     """x [L, D] -> [N, D] for one head."""
-    out = []
-    for i in range((x.shape[0] - block) // stride + 1 if x.shape[0] >= block else 0):
-        w = x[i * stride : i * stride + block] + position
-        if kind == "mean":
-            out.append((w * weight[:, None]).sum(0))
-        else:
-            y = sum(w[s] @ weight[s] for s in range(block))
-            if kind == "mlp":
-                y = (0.5 * y * (1 + torch.erf(y / 2**0.5))) @ weight[block]
-            out.append(y)
-    return torch.stack(out) if out else x.new_zeros(0, x.shape[1])
+    n = (x.shape[0] - block) // stride + 1 if x.shape[0] >= block else 0
+    if n == 0:
+        return x.new_zeros(0, x.shape[1])
+    w = torch.stack([x[i * stride : i * stride + block] for i in range(n)]) + position
+    if kind == "mean":
+        return (w * weight[:, None]).sum(1)
+    y = sum(w[:, s] @ weight[s] for s in range(block))
+    return (0.5 * y * (1 + torch.erf(y / 2**0.5))) @ weight[block] if kind == "mlp" else y
 
 
 def importance(p, c):
@@ -49,10 +46,11 @@ def importance(p, c):
 def choose(scores, c):
     """[L, S] -> list of sorted block lists."""
     chosen = []
-    for t in range(scores.shape[0]):
+    scores = scores.tolist()
+    for t in range(len(scores)):
         own = t // c.select_block
         forced = {j for j in range(own + 1) if j < c.initial or j > own - c.local}
-        rest = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-float(scores[t, j]), j))
+        rest = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-scores[t][j], j))
         chosen.append(sorted(forced | set(rest[: c.count - len(forced)])))
     return chosen
 
@@ -90,13 +88,13 @@ def sparse_attention(q, kv_cmp, kv_slc, kv_win, gates, lengths, params, c, block
             s = importance(group_p, c)
             lists = choose(s, c)
             if blocks is not None:
-                lists = [[j for j in blocks[rows][i, h].tolist() if j >= 0] for i in range(n)]
-            picked = torch.zeros(n, n, dtype=torch.bool, device=q.device)
+                lists = [[j for j in js if j >= 0] for js in blocks[rows, h].tolist()]
+            picked = torch.zeros(n, n, dtype=torch.bool)
             for i, js in enumerate(lists):
                 seq_choice[i][h], seq_scores[i][h] = js, s[i]
                 for j in js:
                     picked[i, j * c.select_block : (j + 1) * c.select_block] = True
-            causal = t[None] <= t[:, None]
+            picked, causal = picked.to(q.device), t[None] <= t[:, None]
             near = causal & (t[None] > t[:, None] - c.window)
             for g in range(h * group, (h + 1) * group):
                 ps = softmax_rows(q[rows, g] @ kv_slc[0][rows, h].T * scale, picked & causal)

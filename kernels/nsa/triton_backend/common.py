@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -18,8 +19,10 @@ def load_rows(ptr, offsets, ok, D: tl.constexpr, BLOCK: tl.constexpr):
     """[rows, BLOCK] from rows of D elements at these element offsets; zero where not ok and past D."""
     c = tl.arange(0, BLOCK)
     if D == BLOCK:
-        return tl.load(ptr + offsets[:, None] + c[None, :], mask=ok[:, None], other=0.0)
-    return tl.load(ptr + offsets[:, None] + c[None, :], mask=ok[:, None] & (c < D)[None, :], other=0.0)
+        x = tl.load(ptr + offsets[:, None] + c[None, :], mask=ok[:, None], other=0.0)
+    else:
+        x = tl.load(ptr + offsets[:, None] + c[None, :], mask=ok[:, None] & (c < D)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -27,8 +30,10 @@ def load_all(ptr, offsets, D: tl.constexpr, BLOCK: tl.constexpr):
     """load_rows where every row is there."""
     c = tl.arange(0, BLOCK)
     if D == BLOCK:
-        return tl.load(ptr + offsets[:, None] + c[None, :])
-    return tl.load(ptr + offsets[:, None] + c[None, :], mask=(c < D)[None, :], other=0.0)
+        x = tl.load(ptr + offsets[:, None] + c[None, :])
+    else:
+        x = tl.load(ptr + offsets[:, None] + c[None, :], mask=(c < D)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -57,16 +62,38 @@ class Tiles:
         rows: query rows (queries x heads of a group) of a tile.
         keys: keys of a tile.
         warps, stages: of the launch.
+        tma: tiles come through tensor descriptors where the input allows it.
+        registers: most of a thread, None for the compiler's choice.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    tma: bool = False
+    registers: int | None = None
 
     @property
     def launch(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.registers} if self.registers else options
+
+
+def key_descriptor(x: Tensor, keys: int) -> TensorDescriptor | None:
+    """Descriptor of tiles [keys, padded D] over keys or values [rows, H, D]; None where their layout has none."""
+    rows, heads, dim = x.shape
+    if rows == 0 or x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16 or (heads > 1 and x.stride(1) != dim):
+        return None
+    return TensorDescriptor(x, [rows, heads * dim], [x.stride(0), 1], [keys, pad_dim(dim)])
+
+
+def query_descriptor(x: Tensor, queries: int, group: int) -> TensorDescriptor | None:
+    """Descriptor of tiles [queries, group, padded D] over [T, Hq, D]."""
+    if queries & (queries - 1) or group & (group - 1) or x.data_ptr() % 16:
+        return None
+    if any(stride * x.element_size() % 16 for stride in x.stride()[:2]):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [queries, group, pad_dim(x.shape[2])])
 
 
 def exact(dtype: torch.dtype) -> bool:

@@ -12,8 +12,8 @@ from plumbline.kernels.nsa.triton_backend.tables import block_sizes
 
 
 def _tables(layout: Layout, block: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(cu_blocks [B+1] int32; [N, l] packed token of each place in a window; [r, T] place in the flattened windows [N l]
-    where a token stands for the k-th time, N l where it does not). Gradients then are gathers: no atomics."""
+    """(cu_blocks [B+1] int32; [N, l] packed token of each place in a window; [r, T] place in the flattened windows
+    [N l] where a token stands for the k-th time, N l where it does not). Gradients then are gathers: no atomics."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         sizes = torch.tensor(block_sizes(layout, block, stride))
@@ -57,16 +57,20 @@ class Windows(torch.autograd.Function):
 def compress(
     x: Tensor, weight: Tensor, position: Tensor, layout: Layout, block: int, stride: int, kind: PhiKind
 ) -> tuple[Tensor, Tensor]:
-    """x [T, H, D] -> (blocks [N, H, D], cu_blocks [B+1] int32). weight, position: as in PhiParams."""
+    """x [T, H, D] -> (blocks [N, H, D], cu_blocks [B+1] int32). weight, position: as in PhiParams; position None: none."""
     cu_blocks, tokens, places = _tables(layout, block, stride)
     windows = Windows.apply(x, tokens, places)  # [H, N, l, D]
-    weight, position = weight.to(x.dtype), position.to(x.dtype)
-    if kind == "mean":
-        pooled = torch.einsum("hnld,hl->hnd", windows, weight) + torch.einsum("hld,hl->hd", position, weight)[:, None]
-        return pooled.transpose(0, 1), cu_blocks
-    matrix = weight[:, :block].flatten(1, 2)
+    weight = weight.to(x.dtype)
     # The position's part of the sum is the same for every block.
-    hidden = torch.bmm(windows.flatten(2), matrix) + torch.bmm(position.flatten(1)[:, None], matrix)
+    if kind == "mean":
+        hidden = torch.einsum("hnld,hl->hnd", windows, weight)
+        if position is not None:
+            hidden = hidden + torch.einsum("hld,hl->hd", position.to(x.dtype), weight)[:, None]
+        return hidden.transpose(0, 1).contiguous(), cu_blocks
+    matrix = weight[:, :block].flatten(1, 2)
+    hidden = torch.bmm(windows.flatten(2), matrix)
+    if position is not None:
+        hidden = hidden + torch.bmm(position.to(x.dtype).flatten(1)[:, None], matrix)
     if kind == "mlp":
         hidden = torch.bmm(F.gelu(hidden), weight[:, block])
-    return hidden.transpose(0, 1), cu_blocks
+    return hidden.transpose(0, 1).contiguous(), cu_blocks

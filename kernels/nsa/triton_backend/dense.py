@@ -1,7 +1,7 @@
 """Attention over contiguous ranges of keys: compressed blocks, the sliding window, and the forced selection blocks.
 
-One tile holds `rows` rows: consecutive queries, each with all heads of one group, so that a tile reads each key once for
-the whole group and no group is padded. What a query at position t sees, by KIND:
+One tile holds `rows` rows: consecutive queries, each with all heads of one group, so that a tile reads each key once
+for the whole group and no group is padded. What a query at position t sees, by KIND:
 
     CMP      compressed blocks [0, complete(t)), complete(t) = (t - l) // d + 1
     WIN      tokens (t - w, t]
@@ -23,7 +23,7 @@ CMP, WIN, FORCED, INITIAL = 0, 1, 2, 3
 
 @triton.jit
 def key_range(t, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """[low, high) of the contiguous keys that position t sees. CMP: A = l, B = d; WIN: A = w; FORCED: A = l', B = local."""
+    """[low, high) of the contiguous keys that t sees. CMP: A = l, B = d; WIN: A = w; FORCED: A = l', B = local."""
     if KIND == 0:
         low = t * 0
         high = tl.where(t >= A - 1, (t - (A - 1)) // B + 1, 0)
@@ -59,6 +59,40 @@ def query_range(first, last, length, KIND: tl.constexpr, A: tl.constexpr, B: tl.
 
 
 @triton.jit
+def load_keys(
+    source, first, c, keys, start, head, stride_t, stride_h,
+    ALL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows first + c of one head of keys or values; ALL: none is past the end.
+
+    TMA: source is a descriptor over [rows, heads D]. What it reads past the end or past D belongs to neighbours and meets
+    a probability, or a column of the queries, of zero.
+    """
+    if TMA:
+        tile = source.load([start + first, head * D])
+    else:
+        at = (start + first + c).to(tl.int64) * stride_t + head * stride_h
+        if ALL:
+            tile = load_all(source, at, D, BLOCK)
+        else:
+            tile = load_rows(source, at, first + c < keys, D, BLOCK)
+    return tile
+
+
+@triton.jit
+def load_queries(
+    source, first, row, ok, head, group_head, stride_t, stride_h,
+    TMA: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[QUERIES GROUP, BLOCK]: all heads of a group for consecutive queries. TMA: a descriptor over [T, Hq, D]."""
+    if TMA:
+        tile = tl.reshape(source.load([first, group_head, 0]), [QUERIES * GROUP, BLOCK])
+    else:
+        tile = load_rows(source, row * stride_t + head * stride_h, ok, D, BLOCK)
+    return tile
+
+
+@triton.jit
 def attend(q, acc, m, denominator, k, v, scale, low, high, columns, MASKED: tl.constexpr, PREC: tl.constexpr):
     """One step of the running softmax over a tile of keys."""
     s = tl.dot(q, tl.trans(k), input_precision=PREC)
@@ -82,7 +116,7 @@ def forward(
     q_t, q_h, k_t, k_h, v_t, v_h, heads,
     GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out [T, Hq, Dv] and lse [T, Hq] (log 2) of one tile; INIT: tokens of the initial blocks (FORCED)."""
     QUERIES: tl.constexpr = ROWS // GROUP
@@ -111,31 +145,24 @@ def forward(
     if KIND == 2:
         edge = tl.minimum(tl.minimum(low, INIT), high)
         for j in range(0, tl.minimum(low_last, INIT), KEYS):
-            at = (key_start + j + c).to(tl.int64)
-            inside = j + c < keys
-            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
-            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
+            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low * 0, edge, j + c, True, PREC)
     # Keys that only some queries of the tile see lie at both ends; between them no mask is needed.
     head_end = low_first + tl.cdiv(tl.maximum(low_last - low_first, 0), KEYS) * KEYS
     body_end = head_end + tl.maximum(high_first - head_end, 0) // KEYS * KEYS
     if KIND != 0:
         for j in range(low_first, head_end, KEYS):
-            at = (key_start + j + c).to(tl.int64)
-            inside = j + c < keys
-            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
-            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
+            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, True, PREC)
     for j in range(head_end, body_end, KEYS):
-        at = (key_start + j + c).to(tl.int64)
-        k = load_all(k_ptr, at * k_t + kv_head * k_h, DK, BK)
-        v = load_all(v_ptr, at * v_t + kv_head * v_h, DV, BV)
+        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, True, TMA, DK, BK)
+        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, True, TMA, DV, BV)
         acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, False, PREC)
     for j in range(body_end, high_last, KEYS):
-        at = (key_start + j + c).to(tl.int64)
-        inside = j + c < keys
-        k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
-        v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
+        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
         acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, True, PREC)
 
     acc = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
@@ -157,9 +184,11 @@ def queries_step(q, do, dq, k, v, scale, shift, dot, low, high, columns, MASKED:
 
 @triton.jit
 def queries_section(
-    q, do, dq, k_ptr, v_ptr, shift_ptr, dot_ptr, flat, ok, t, first, last, key_start, keys, kv_head, scale, k_t, k_h, v_t, v_h,
+    q, do, dq, k_ptr, v_ptr, shift_ptr, dot_ptr, flat, ok, t, first, last, key_start, keys, kv_head, scale, k_t, k_h,
+    v_t, v_h,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
     dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
@@ -170,30 +199,23 @@ def queries_section(
     if KIND == 2:
         edge = tl.minimum(tl.minimum(low, INIT), high)
         for j in range(0, tl.minimum(low_last, INIT), KEYS):
-            at = (key_start + j + c).to(tl.int64)
-            inside = j + c < keys
-            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
-            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
+            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             dq = queries_step(q, do, dq, k, v, scale, shift, dot, low * 0, edge, j + c, True, PREC)
     head_end = low_first + tl.cdiv(tl.maximum(low_last - low_first, 0), KEYS) * KEYS
     body_end = head_end + tl.maximum(high_first - head_end, 0) // KEYS * KEYS
     if KIND != 0:
         for j in range(low_first, head_end, KEYS):
-            at = (key_start + j + c).to(tl.int64)
-            inside = j + c < keys
-            k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
-            v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
+            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, True, PREC)
     for j in range(head_end, body_end, KEYS):
-        at = (key_start + j + c).to(tl.int64)
-        k = load_all(k_ptr, at * k_t + kv_head * k_h, DK, BK)
-        v = load_all(v_ptr, at * v_t + kv_head * v_h, DV, BV)
+        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, True, TMA, DK, BK)
+        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, True, TMA, DV, BV)
         dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, False, PREC)
     for j in range(body_end, high_last, KEYS):
-        at = (key_start + j + c).to(tl.int64)
-        inside = j + c < keys
-        k = load_rows(k_ptr, at * k_t + kv_head * k_h, inside, DK, BK)
-        v = load_rows(v_ptr, at * v_t + kv_head * v_h, inside, DV, BV)
+        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
+        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
         dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, True, PREC)
     return dq
 
@@ -205,14 +227,16 @@ def backward_queries(
     ks_ptr, vs_ptr, shift_s, dot_s, ks_t, ks_h, vs_t, vs_h,
     kw_ptr, vw_ptr, shift_w, dot_w, kw_t, kw_h, vw_t, vw_h,
     pairs_ptr, indices_ptr, pairs_first,
-    GROUP: tl.constexpr, HAS_CMP: tl.constexpr, SLC: tl.constexpr, HAS_WIN: tl.constexpr, COUNT: tl.constexpr, SKIP: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, LOCAL: tl.constexpr, INITIAL_BLOCKS: tl.constexpr, W: tl.constexpr, WS: tl.constexpr,
+    GROUP: tl.constexpr, HAS_CMP: tl.constexpr, SLC: tl.constexpr, HAS_WIN: tl.constexpr, COUNT: tl.constexpr,
+    SKIP: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, LOCAL: tl.constexpr, INITIAL_BLOCKS: tl.constexpr,
+    W: tl.constexpr, WHOLE: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries through every branch in one pass.
 
-    SLC: 0 none, 1 the forced blocks plus the pairs of backward_pairs, 2 pairs alone, 3 a window of WS (all blocks chosen).
+    SLC: 0 none, 1 the forced blocks plus the pairs of backward_pairs, 2 pairs alone, 3 a window of WHOLE (all blocks).
     pairs [t - pairs_first, Hkv, COUNT, GROUP, Dk]; SKIP: forced blocks have no pair.
     """
     QUERIES: tl.constexpr = ROWS // GROUP
@@ -231,17 +255,21 @@ def backward_queries(
     dq = tl.zeros([ROWS, BK], tl.float32)
     if HAS_CMP:
         key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
-        dq = queries_section(q, do, dq, kc_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last, key_start, keys, kv_head, scale,
-                             kc_t, kc_h, vc_t, vc_h, 0, L, D, 0, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+        dq = queries_section(q, do, dq, kc_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last, key_start, keys,
+        kv_head, scale,
+                             kc_t, kc_h, vc_t, vc_h, 0, L, D, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if SLC == 1:
-        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length, kv_head, scale,
-                             ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
+        kv_head, scale,
+                             ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if SLC == 3:
-        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length, kv_head, scale,
-                             ks_t, ks_h, vs_t, vs_h, 1, WS, 0, 0, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
+        kv_head, scale,
+                             ks_t, ks_h, vs_t, vs_h, 1, WHOLE, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if HAS_WIN:
-        dq = queries_section(q, do, dq, kw_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start, length, kv_head, scale,
-                             kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0, DK, DV, BK, BV, KEYS, PREC)  # fmt: skip
+        dq = queries_section(q, do, dq, kw_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start, length,
+        kv_head, scale,
+                             kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if (SLC == 1) or (SLC == 2):
         kv_heads = heads // GROUP
         list_at = (row * kv_heads + kv_head) * COUNT
@@ -276,7 +304,7 @@ def backward_keys(
     q_t, q_h, k_t, k_h, v_t, v_h, heads, total_keys,
     GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values over one part of the queries: dk, dv [SPLITS, total_keys, Hkv, D].
 
@@ -313,9 +341,12 @@ def backward_keys(
     for first in range(low, middle, QUERIES):
         t = first + r // GROUP
         ok = (r // GROUP < QUERIES) & (t < high)
-        flat = (start + t).to(tl.int64) * heads + g
-        q = load_rows(q_ptr, (start + t).to(tl.int64) * q_t + g * q_h, ok, DK, BK)
-        do = load_rows(do_ptr, flat * DV, ok, DV, BV)
+        row = (start + t).to(tl.int64)
+        flat = row * heads + g
+        q = load_queries(q_ptr, start + first, row, ok, g, kv_head * GROUP, q_t, q_h, TMA, QUERIES, GROUP, DK, BK)
+        do = load_queries(
+            do_ptr, start + first, row, ok, g, kv_head * GROUP, heads * DV, DV, TMA, QUERIES, GROUP, DV, BV
+        )
         shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
         dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
         if KIND == 3:
@@ -327,9 +358,12 @@ def backward_keys(
     for first in range(middle, high, QUERIES):
         t = first + r // GROUP
         ok = (r // GROUP < QUERIES) & (t < high)
-        flat = (start + t).to(tl.int64) * heads + g
-        q = load_rows(q_ptr, (start + t).to(tl.int64) * q_t + g * q_h, ok, DK, BK)
-        do = load_rows(do_ptr, flat * DV, ok, DV, BV)
+        row = (start + t).to(tl.int64)
+        flat = row * heads + g
+        q = load_queries(q_ptr, start + first, row, ok, g, kv_head * GROUP, q_t, q_h, TMA, QUERIES, GROUP, DK, BK)
+        do = load_queries(
+            do_ptr, start + first, row, ok, g, kv_head * GROUP, heads * DV, DV, TMA, QUERIES, GROUP, DV, BV
+        )
         shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
         dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
         dk, dv = keys_step(k, v, dk, dv, q, do, scale, shift, dot, key_ok[:, None], False, PREC)

@@ -1,4 +1,4 @@
-"""The public functions on Triton kernels, with autograd. Arguments are checked by the callers in plumbline.kernels.nsa."""
+"""The public functions on Triton kernels, with autograd. Callers in plumbline.kernels.nsa check the arguments."""
 
 from __future__ import annotations
 
@@ -77,12 +77,16 @@ class SelectedAttention(torch.autograd.Function):
 
 
 class FusedAttention(torch.autograd.Function):
-    """The gated sum of the three branches, given compressed keys and values. Also returns the blocks used."""
+    """The gated sum of the three branches, given compressed keys and values. Also returns the blocks used.
+
+    silent: a parameter that the result does not depend on, given a gradient of zeros.
+    """
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-        layout: Layout, config: NSAConfig, scale: float, block_indices: Tensor | None,
+        ctx, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
+        gates: Tensor,
+        silent: Tensor | None, layout: Layout, config: NSAConfig, scale: float, block_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = map(
             rows_contiguous, (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
@@ -126,6 +130,7 @@ class FusedAttention(torch.autograd.Function):
         )
         ctx.rest = layout, config, scale, replace(selection, indices=None)
         ctx.mark_non_differentiable(indices)
+        ctx.silent = silent
         return out, indices
 
     @staticmethod
@@ -141,12 +146,14 @@ class FusedAttention(torch.autograd.Function):
         has_cmp = o_cmp is not None
         dv = o_win.shape[2]
         mix.gate_gradients[(-(-rows // 16),)](
-            do, o_cmp if has_cmp else o_win, o_slc, o_win, lse_cmp if has_cmp else lse_win, lse_slc, lse_win, gates, d_gates, shift, dot,
+            do, o_cmp if has_cmp else o_win, o_slc, o_win, lse_cmp if has_cmp else lse_win, lse_slc, lse_win, gates,
+            d_gates, shift, dot,
             rows, HAS_CMP=has_cmp, DV=dv, BV=pad_dim(dv), ROWS=16, num_warps=4,
         )  # fmt: skip
         dq, grads = backward(
             q, do, layout, scale,
-            (Branch(k_cmp, v_cmp, shift[0], dot[0]), Range.compressed(config.block, config.stride)) if has_cmp else None,
+            (Branch(k_cmp, v_cmp, shift[0], dot[0]), Range.compressed(config.block,
+            config.stride)) if has_cmp else None,
             (Branch(k_slc, v_slc, shift[1], dot[1]), replace(selection, indices=indices)),
             (Branch(k_win, v_win, shift[2], dot[2]), Range.window(config.window)),
         )  # fmt: skip
@@ -154,7 +161,7 @@ class FusedAttention(torch.autograd.Function):
         flat = [
             None if g is None else g.to(x.dtype) for pair in pairs for g, x in zip(pair, (k_slc, v_slc), strict=True)
         ]
-        return dq, *flat, d_gates, None, None, None, None
+        return dq, *flat, d_gates, None if ctx.silent is None else torch.zeros_like(ctx.silent), None, None, None, None
 
 
 def first_blocks(layout: Layout, kv_heads: int, config: NSAConfig) -> Tensor:
@@ -202,6 +209,10 @@ def native_sparse_attention(
     block_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, Dv], blocks used [T, Hkv, count])."""
-    k_cmp, _ = compress(kv_cmp[0], params.k_weight, params.k_position, layout, config.block, config.stride, config.phi)
+    # Where phi is linear, k_position adds the same vector to every compressed key, which no softmax sees. Left out, it
+    # costs no precision; its gradient is zero.
+    silent = params.k_position if config.phi != "mlp" else None
+    k_position = None if silent is not None else params.k_position
+    k_cmp, _ = compress(kv_cmp[0], params.k_weight, k_position, layout, config.block, config.stride, config.phi)
     v_cmp, _ = compress(kv_cmp[1], params.v_weight, params.v_position, layout, config.block, config.stride, config.phi)
-    return FusedAttention.apply(q, k_cmp, v_cmp, *kv_slc, *kv_win, gates, layout, config, scale, block_indices)
+    return FusedAttention.apply(q, k_cmp, v_cmp, *kv_slc, *kv_win, gates, silent, layout, config, scale, block_indices)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from plumbline.kernels.nsa.config import NSAConfig
 from plumbline.kernels.nsa.layout import Layout
 from plumbline.kernels.nsa.triton_backend import dense, mix, pairs, tables
-from plumbline.kernels.nsa.triton_backend.common import LOG2E, Tiles, exact, fit_rows, pad_dim, precision
+from plumbline.kernels.nsa.triton_backend.common import (
+    LOG2E,
+    Tiles,
+    exact,
+    fit_rows,
+    key_descriptor,
+    pad_dim,
+    precision,
+    query_descriptor,
+)
 from plumbline.kernels.nsa.triton_backend.dense import CMP, FORCED, INITIAL, WIN
 
 # Bytes of partial outputs (forward) and partial query gradients (backward) of the selected branch held at once.
@@ -21,7 +32,7 @@ PAIR_BYTES_BACKWARD = 2**31
 
 @dataclass(frozen=True)
 class Range:
-    """What the queries of a dense branch see (dense.py): kind, its two numbers, and the tokens of the initial blocks."""
+    """What the queries of a dense branch see (dense.py): kind, its two numbers, tokens of the initial blocks."""
 
     kind: int
     a: int
@@ -49,32 +60,40 @@ class Range:
 def forward_tiles(x: Tensor, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(fit_rows(32, group), 32, 4, 1)
-    wide = pad_dim(x.shape[-1]) > 128
-    return Tiles(fit_rows(128, group), 64, 8, 2 if wide else 3)
+    if pad_dim(x.shape[-1]) > 128:
+        return Tiles(fit_rows(128, group), 64, 8, 2, tma=True)
+    # Two tiles a multiprocessor: one's softmax hides behind the other's products.
+    return Tiles(fit_rows(128, group), 64, 8, 2, tma=True, registers=128)
 
 
 def query_tiles(x: Tensor, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(fit_rows(32, group), 32, 4, 1)
-    wide = pad_dim(x.shape[-1]) > 128
-    return Tiles(fit_rows(64 if wide else 128, group), 32 if wide else 64, 8, 2)
+    return Tiles(fit_rows(64, group), 32 if pad_dim(x.shape[-1]) > 128 else 64, 4, 2, tma=True)
 
 
 def key_tiles(x: Tensor, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(fit_rows(16, group), 32, 4, 1)
-    wide = pad_dim(x.shape[-1]) > 128
-    return Tiles(fit_rows(32 if wide else 64, group), 64 if wide else 128, 8, 2)
+    if pad_dim(x.shape[-1]) > 128:
+        return Tiles(fit_rows(32, group), 64, 8, 2, tma=True)
+    return Tiles(fit_rows(64, group), 128, 8, 3, tma=True)
 
 
 def pair_tiles(x: Tensor, group: int, select_block: int, backward: bool) -> Tiles:
     keys = max(16, triton.next_power_of_2(select_block))
     if exact(x.dtype):
         return Tiles(fit_rows(16, group), keys, 4, 1)
-    wide = pad_dim(x.shape[-1]) > 128 or keys > 64
-    if backward:
-        return Tiles(fit_rows(32 if wide else 64, group), keys, 8 if wide else 4, 2)
-    return Tiles(fit_rows(64 if wide else 128, group), keys, 8, 2)
+    if pad_dim(x.shape[-1]) > 128 or keys > 64:
+        return Tiles(fit_rows(32 if backward else 64, group), keys, 8, 2)
+    return Tiles(fit_rows(128, group), keys, 8, 2) if backward else Tiles(fit_rows(64, group), keys, 4, 1)
+
+
+def key_sources(xs: Sequence[Tensor], size: Tiles) -> list[TensorDescriptor] | None:
+    """Descriptors of these keys and values, None where plain pointers must do."""
+    made = [key_descriptor(x, size.keys) for x in xs] if size.tma else [None]
+    found = [x for x in made if x is not None]
+    return found if len(found) == len(xs) else None
 
 
 def dense_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, reach: Range, scale: float) -> tuple[Tensor, Tensor]:
@@ -85,10 +104,14 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, reach: Range,
     tiles = tables.query_tiles(layout, size.rows // group, *reach.blocks)[0]
     out = torch.empty(tokens, heads, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    sources = key_sources((k, v), size)
+    tma = sources is not None
     dense.forward[(len(tiles), k.shape[1])](
-        q, k, v, out, lse, tiles, scale * LOG2E, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads,
-        GROUP=group, KIND=reach.kind, A=reach.a, B=reach.b, INIT=reach.initial, DK=dk, DV=dv, BK=pad_dim(dk), BV=pad_dim(dv),
-        ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), **size.launch,
+        q, *(sources or (k, v)), out, lse, tiles, scale * LOG2E, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        v.stride(0), v.stride(1), heads,
+        GROUP=group, KIND=reach.kind, A=reach.a, B=reach.b, INIT=reach.initial, DK=dk, DV=dv, BK=pad_dim(dk),
+        BV=pad_dim(dv),
+        ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=tma, **size.launch,
     )  # fmt: skip
     return out, lse
 
@@ -98,18 +121,24 @@ def dense_keys_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dk, dv) in float32. Of FORCED too, initial blocks included."""
     heads = q.shape[1]
-    size = key_tiles(q, heads // k.shape[1])
+    group = heads // k.shape[1]
+    size = key_tiles(q, group)
 
     def launch(kind: int, tiles: Tensor, splits: int, keys: int) -> tuple[Tensor, Tensor]:
         dk, dv = (
             torch.empty(splits, keys, x.shape[1], x.shape[2], dtype=torch.float32, device=q.device) for x in (k, v)
         )
         if len(tiles):
+            queries = size.rows // group
+            made = [query_descriptor(x, queries, group) for x in (q, do)] if size.tma else [None]
+            tma = None not in made
             dense.backward_keys[(len(tiles), k.shape[1], splits)](
-                q, do, k, v, dk, dv, shift, dot, tiles, scale, scale * LOG2E, q.stride(0), q.stride(1),
-                k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads, keys, GROUP=heads // k.shape[1], KIND=kind, A=reach.a,
-                B=reach.b, INIT=reach.initial, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]), BV=pad_dim(v.shape[2]),
-                ROWS=size.rows, KEYS=size.keys, SPLITS=splits, PREC=precision(q.dtype), **size.launch,
+                *(made if tma else (q, do)), k, v, dk, dv, shift, dot, tiles, scale, scale * LOG2E, q.stride(0),
+                q.stride(1),
+                k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads, keys, GROUP=group, KIND=kind, A=reach.a,
+                B=reach.b, INIT=reach.initial, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]),
+                BV=pad_dim(v.shape[2]),
+                ROWS=size.rows, KEYS=size.keys, SPLITS=splits, PREC=precision(q.dtype), TMA=tma, **size.launch,
             )  # fmt: skip
         return dk, dv
 
@@ -190,8 +219,10 @@ def selected_forward(
         initial, local = forced_blocks(selection.forced)
         mix.merge_and_mix[(triton.cdiv(rows, 16),)](
             cmp if cmp is not None else q, out, win, lse, part, part_lse, indices, gates, total if mixed else q,
-            tables.token_table(layout, s)[0], first * heads, last * heads, heads, GROUP=group, COUNT=count, S=s, INITIAL=initial,
-            LOCAL=local, HAS_CMP=cmp is not None, SLC=selection.mode, MIX=mixed is not None, DV=dv, BV=pad_dim(dv), ROWS=16, num_warps=4,
+            tables.token_table(layout, s)[0], first * heads, last * heads, heads, GROUP=group, COUNT=count, S=s,
+            INITIAL=initial,
+            LOCAL=local, HAS_CMP=cmp is not None, SLC=selection.mode, MIX=mixed is not None, DV=dv, BV=pad_dim(dv),
+            ROWS=16, num_warps=4,
         )  # fmt: skip
 
     if selection.indices is None:
@@ -209,8 +240,10 @@ def selected_forward(
     for number, first in enumerate(range(0, tokens, chunk)):
         items, _ = listed.items(number, 8 * per_tile)
         pairs.forward_pairs[(len(items),)](
-            q, k, v, part, part_lse, items, listed.pairs, blocks, scale * LOG2E, first, len(blocks), q.stride(0), q.stride(1),
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), KV_HEADS=kv_heads, COUNT=count, GROUP=group, S=s, DK=dk, DV=dv,
+            q, k, v, part, part_lse, items, listed.pairs, blocks, scale * LOG2E, first, len(blocks), q.stride(0),
+            q.stride(1),
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), KV_HEADS=kv_heads, COUNT=count, GROUP=group, S=s,
+            DK=dk, DV=dv,
             BK=pad_dim(dk), BV=pad_dim(dv), ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), **size.launch,
         )  # fmt: skip
         merge(first, min(first + chunk, tokens), part, part_lse, selection.indices, count)
@@ -219,17 +252,17 @@ def selected_forward(
 
 @dataclass(frozen=True)
 class Branch:
-    """Keys and values of one branch, and what its backward reads: shift and dot [T, Hq] float32 (see mix.gate_gradients)."""
+    """Keys and values of a branch, and what its backward reads: shift, dot [T, Hq] float32 (mix.gate_gradients)."""
 
     k: Tensor
     v: Tensor
     shift: Tensor
     dot: Tensor
 
-    @property
-    def arguments(self) -> list[object]:
+    def arguments(self, sources: Sequence[TensorDescriptor] | None) -> list[object]:
+        """Of the kernel, keys and values by descriptor if given."""
         k, v = self.k, self.v
-        return [k, v, self.shift, self.dot, k.stride(0), k.stride(1), v.stride(0), v.stride(1)]
+        return [*(sources or (k, v)), self.shift, self.dot, k.stride(0), k.stride(1), v.stride(0), v.stride(1)]
 
 
 def backward(
@@ -277,13 +310,21 @@ def backward(
             _pairs_backward(
                 q, do, slc[0], layout, selection.select_block, listed, number, first, count, part, grads["slc"], scale
             )
-        arguments = [x for branch in (cmp, slc, win) for x in (branch or (some,))[0].arguments]
+        branches = [(branch or (some,))[0] for branch in (cmp, slc, win)]
+        sources = key_sources([x for branch in branches for x in (branch.k, branch.v)], size)
+        arguments = [
+            x
+            for i, branch in enumerate(branches)
+            for x in branch.arguments(sources[2 * i : 2 * i + 2] if sources else None)
+        ]
         dense.backward_queries[(len(tiles[number]), kv_heads)](
             q, do, dq, tiles[number], scale, scale * LOG2E, q.stride(0), q.stride(1), heads, *arguments, part,
             selection.indices if paired else tiles[number], first, GROUP=group, HAS_CMP=cmp is not None, SLC=mode,
-            HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b, S=selection.select_block, LOCAL=local,
-            INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WS=max(layout.longest, 1), DK=dk, DV=dv, BK=pad_dim(dk), BV=pad_dim(dv),
-            ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), **size.launch,
+            HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b, S=selection.select_block,
+            LOCAL=local,
+            INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WHOLE=max(layout.longest, 1), DK=dk, DV=dv,
+            BK=pad_dim(dk), BV=pad_dim(dv),
+            ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=sources is not None, **size.launch,
         )  # fmt: skip
     return dq, grads
 
@@ -300,7 +341,8 @@ def _selected_keys_start(
 
 
 def _pairs_backward(
-    q: Tensor, do: Tensor, branch: Branch, layout: Layout, s: int, listed: pairs.PairList, number: int, first: int, count: int,
+    q: Tensor, do: Tensor, branch: Branch, layout: Layout, s: int, listed: pairs.PairList, number: int, first: int,
+    count: int,
     part: Tensor, totals: tuple[Tensor, Tensor], scale: float,
 ) -> None:  # fmt: skip
     """Fills part with the query gradients of a chunk's pairs and adds their key and value gradients to totals."""
@@ -311,13 +353,17 @@ def _pairs_backward(
     part_k, part_v = (torch.empty(len(items), s, x.shape[2], dtype=torch.float32, device=q.device) for x in (k, v))
     blocks = tables.selection_table(layout, s)
     pairs.backward_pairs[(len(items),)](
-        q, do, k, v, branch.shift, branch.dot, part, part_k, part_v, items, listed.pairs, blocks, scale * LOG2E, first, len(blocks),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), KV_HEADS=kv_heads, COUNT=count, GROUP=group,
-        S=s, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]), BV=pad_dim(v.shape[2]), ROWS=size.rows, KEYS=size.keys,
+        q, do, k, v, branch.shift, branch.dot, part, part_k, part_v, items, listed.pairs, blocks, scale * LOG2E,
+        first, len(blocks),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), KV_HEADS=kv_heads, COUNT=count,
+        GROUP=group,
+        S=s, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]), BV=pad_dim(v.shape[2]), ROWS=size.rows,
+        KEYS=size.keys,
         PREC=precision(q.dtype), **size.launch,
     )  # fmt: skip
     for x, total, factor in ((part_k, totals[0], scale), (part_v, totals[1], 1.0)):
         pairs.add_items[(len(blocks) * kv_heads,)](
-            x, total, first_item, blocks, len(blocks), factor, KV_HEADS=kv_heads, S=s, DIM=x.shape[2], BD=pad_dim(x.shape[2]),
+            x, total, first_item, blocks, len(blocks), factor, KV_HEADS=kv_heads, S=s, DIM=x.shape[2],
+            BD=pad_dim(x.shape[2]),
             KEYS=size.keys, num_warps=8,
         )  # fmt: skip

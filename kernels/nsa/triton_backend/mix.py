@@ -1,4 +1,4 @@
-"""Row-wise passes: merging the parts of the selected branch, mixing branches by gates, and what backward needs of it."""
+"""Row-wise passes: merging the parts of the selected branch, mixing branches by gates, what backward needs of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from plumbline.kernels.nsa.triton_backend.common import load_rows, store_rows
 
 @triton.jit
 def merge_and_mix(
-    cmp_ptr, slc_ptr, win_ptr, slc_lse_ptr, pairs_ptr, pairs_lse_ptr, indices_ptr, gates_ptr, out_ptr, table_ptr, first_row, last_row, heads,
+    cmp_ptr, slc_ptr, win_ptr, slc_lse_ptr, pairs_ptr, pairs_lse_ptr, indices_ptr, gates_ptr, out_ptr, table_ptr,
+    first_row, last_row, heads,
     GROUP: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     HAS_CMP: tl.constexpr, SLC: tl.constexpr, MIX: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -67,12 +68,14 @@ def merge_and_mix(
 
 @triton.jit
 def gate_gradients(
-    do_ptr, cmp_ptr, slc_ptr, win_ptr, cmp_lse_ptr, slc_lse_ptr, win_lse_ptr, gates_ptr, d_gates_ptr, shift_ptr, dot_ptr, rows,
+    do_ptr, cmp_ptr, slc_ptr, win_ptr, cmp_lse_ptr, slc_lse_ptr, win_lse_ptr, gates_ptr, d_gates_ptr, shift_ptr,
+    dot_ptr, rows,
     HAS_CMP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """For each branch b: dot[b] = do . o_b, which is the gate's gradient too, and shift[b] = lse_b - log2(gate_b).
 
-    With the gate in the exponent, exp2(s - shift) is gate p, so that the branches' kernels need no gates. dot, shift [3, rows].
+    With the gate in the exponent, exp2(s - shift) is gate p, so that the branches' kernels need no gates.
+    dot, shift [3, rows].
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < rows

@@ -1,8 +1,8 @@
 """Selected attention turned round: for each selection block, the queries that chose it.
 
-A (query, kv head, slot) that names a block is a pair. Sorting pairs by block gives every block a list of queries, so that
-a tile of many queries times the group's heads meets one block of keys: no group is padded, and each block is read once
-an item rather than once a query. What a pair contributes is written to its own place and summed in slot order later, so
+A (query, kv head, slot) that names a block is a pair. Sorting pairs by block gives every block a list of queries, so
+that a tile of many queries times the group's heads meets one block of keys: no group is padded, and each block is read
+once an item rather than once a query. What a pair contributes is written to its own place and summed in slot order later, so
 nothing needs atomics and every run gives the same bits.
 """
 
@@ -127,7 +127,8 @@ def forward_pairs(
 
 @triton.jit
 def backward_pairs(
-    q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, dot_ptr, dq_ptr, dk_ptr, dv_ptr, items_ptr, pairs_ptr, blocks_ptr, scale, chunk_first,
+    q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, dot_ptr, dq_ptr, dk_ptr, dv_ptr, items_ptr, pairs_ptr, blocks_ptr, scale,
+    chunk_first,
     blocks, q_t, q_h, k_t, k_h, v_t, v_h,
     KV_HEADS: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

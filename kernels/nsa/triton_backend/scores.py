@@ -18,8 +18,6 @@ from plumbline.kernels.nsa.triton_backend.tables import query_tiles
 
 # Bytes of importance held at once.
 CHUNK_BYTES = 2**28
-# Elements of the matrix that one program of the choice holds in registers.
-CHOOSE_ELEMENTS = 8192
 
 
 @triton.jit
@@ -30,7 +28,8 @@ def add_importance(
 ):  # fmt: skip
     """Stores what a tile's probabilities [ROWS, PER2 NS] (columns: m-major) give to selection blocks j0 + jj + spill.
 
-    Block i = PER j + m counts for selection block j + s as often as there are pairs (a, b), 0 <= a < PER, 0 <= b < RATIO,
+    Block i = PER j + m counts for selection block j + s as often as there are pairs (a, b), 0 <= a < PER,
+    0 <= b < RATIO,
     with a - b = m - PER s.
     """
     for s in tl.static_range(SPILL + 1):
@@ -50,7 +49,7 @@ def importance(
     SPILL: tl.constexpr, PER2: tl.constexpr, NS: tl.constexpr,
     DK: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """buffer [SPILL + 1, tiles, QUERIES, Hkv, width]: importance of a tile's queries, summed over the group, in SPILL + 1 terms."""
+    """buffer [SPILL + 1, tiles, QUERIES, Hkv, width]: importance summed over the group, in SPILL + 1 terms."""
     QUERIES: tl.constexpr = ROWS // GROUP2
     PER: tl.constexpr = S // D
     KEYS: tl.constexpr = PER2 * NS
@@ -67,8 +66,8 @@ def importance(
     q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
     lse = tl.load(lse_ptr + row * heads + head, mask=ok, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    low, high = key_range(t, 0, L, D)
-    low_first, high_first = key_range(first, 0, L, D)
+    _, high = key_range(t, 0, L, D)
+    _, high_first = key_range(first, 0, L, D)
 
     n = tl.arange(0, QUERIES)
     query_ok = first + n < end
@@ -160,17 +159,30 @@ def choose(
         x += tl.load(
             buffer_ptr + s * spill_stride + at[:, None] + j[None, :], mask=candidate & (j >= s)[None, :], other=0.0
         )
-    chosen = candidate & ((j < INITIAL)[None, :] | (j[None, :] > own[:, None] - LOCAL))
+    forced = candidate & ((j < INITIAL)[None, :] | (j[None, :] > own[:, None] - LOCAL))
     # Importance is not negative, so that -1 marks what cannot be chosen (any more).
-    x = tl.where(candidate & (chosen == 0), x, -1.0)
+    x = tl.where(candidate & (forced == 0), x, -1.0)
+    # The value of the last one chosen: equal values are taken away together, and counted.
+    rest = x
+    last = tl.full([PART], 0.0, tl.float32)
+    taken = tl.zeros([PART], tl.int32)
     for _ in range(COUNT - INITIAL - LOCAL):
-        value, best = tl.max(x, 1, return_indices=True, return_indices_tie_break_left=True)
-        hit = (j[None, :] == best[:, None]) & (value >= 0.0)[:, None]
-        chosen = chosen | hit
-        x = tl.where(hit, -1.0, x)
+        top = tl.max(rest, 1)
+        last = tl.where(taken < COUNT - INITIAL - LOCAL, top, last)
+        hit = rest == top[:, None]
+        taken += tl.sum(hit.to(tl.int32), 1)
+        rest = tl.where(hit, -1.0, rest)
+    above = x > last[:, None]
+    level = (x == last[:, None]) & (x >= 0.0)
+    wanted = COUNT - INITIAL - LOCAL - tl.sum(above.to(tl.int32), 1)
+    chosen = forced | above | (level & (tl.cumsum(level.to(tl.int32), 1) <= wanted[:, None]))
     place = tl.cumsum(chosen.to(tl.int32), 1) - 1
     to = ((start + t).to(tl.int64) * kv_heads + kv_head) * COUNT
     tl.store(out_ptr + to[:, None] + place, j[None, :] + tl.zeros([PART, 1], tl.int32), mask=chosen)
+
+
+def score_tiles(x: Tensor, group: int) -> Tiles:
+    return Tiles(max(32, group), 32, 4, 1) if exact(x.dtype) else Tiles(max(128, group), 64, 8, 3)
 
 
 def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config: NSAConfig, scale: float) -> Tensor:
@@ -181,11 +193,9 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config:
     per = config.select_block // config.stride
     spill = -(-(config.block // config.stride - 1) // per)
     per2 = triton.next_power_of_2(per)
-    slow = exact(q.dtype)
-    ns = max(1, (32 if slow else 64) // per2)
-    tile = Tiles(max(32 if slow else 128, group2), ns * per2, 4 if slow else 8, 1 if slow else 3)
+    tile = score_tiles(q, group2)
     # Dots need at least 16 columns.
-    ns = max(ns, -(-16 // per2))
+    ns = max(tile.keys // per2, -(-16 // per2))
     queries = tile.rows // group2
     tiles = query_tiles(layout, queries, config.block, config.stride)[0]
     width = triton.next_power_of_2(-(-layout.longest // config.select_block))
@@ -193,16 +203,18 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config:
     per_tile = (spill + 1) * queries * kv_heads * width * 4
     at_once = max(1, min(len(tiles), CHUNK_BYTES // per_tile))
     buffer = torch.empty(spill + 1, at_once, queries, kv_heads, width, dtype=torch.float32, device=q.device)
-    part = max(1, min(queries, CHOOSE_ELEMENTS // width))
+    warps = max(1, min(8, width // 1024))
     for first in range(0, len(tiles), at_once):
         chunk = tiles[first : first + at_once]
         importance[(len(chunk), kv_heads)](
             q, k_cmp, lse, buffer, chunk, scale * LOG2E, q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1),
-            heads, buffer.stride(0), width, GROUP=group, GROUP2=group2, L=config.block, D=config.stride, S=config.select_block,
-            SPILL=spill, PER2=per2, NS=ns, DK=dim, BK=pad_dim(dim), ROWS=tile.rows, PREC=precision(q.dtype), **tile.launch,
+            heads, buffer.stride(0), width, GROUP=group, GROUP2=group2, L=config.block, D=config.stride,
+            S=config.select_block,
+            SPILL=spill, PER2=per2, NS=ns, DK=dim, BK=pad_dim(dim), ROWS=tile.rows, PREC=precision(q.dtype),
+            **tile.launch,
         )  # fmt: skip
-        choose[(len(chunk) * (queries // part), kv_heads)](
-            buffer, out, chunk, kv_heads, buffer.stride(0), width, QUERIES=queries, PART=part, WIDTH=width, SPILL=spill,
-            S=config.select_block, COUNT=config.count, INITIAL=config.initial, LOCAL=config.local, num_warps=4,
+        choose[(len(chunk) * queries, kv_heads)](
+            buffer, out, chunk, kv_heads, buffer.stride(0), width, QUERIES=queries, PART=1, WIDTH=width, SPILL=spill,
+            S=config.select_block, COUNT=config.count, INITIAL=config.initial, LOCAL=config.local, num_warps=warps,
         )  # fmt: skip
     return out

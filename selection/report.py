@@ -35,7 +35,7 @@ class Section(TypedDict, total=False):
 
 
 # A column with a longer cell than this is prose and may wrap; others hold numbers and names, which stay whole.
-PROSE = 32
+PROSE = 48
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --line: #d4d9df; --soft: #f4f6f8;
@@ -63,7 +63,7 @@ th, td { padding: 0.35rem 0.7rem; border-bottom: 1px solid var(--line); text-ali
   white-space: nowrap; }
 th { background: var(--soft); }
 th:first-child, td:first-child { text-align: left; padding-left: 0.4rem; }
-th.prose, td.prose { white-space: normal; text-align: left; min-width: 12rem; }
+th.prose, td.prose { white-space: normal; text-align: left; min-width: 16rem; }
 """
 
 

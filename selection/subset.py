@@ -61,9 +61,13 @@ def write_subset(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, paths[3])
-    from datasets import Dataset
+    import datasets
 
-    Dataset(table).save_to_disk(str(paths[4]))
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    datasets.Dataset(table).save_to_disk(str(paths[4]))
+    if not hidden:
+        datasets.enable_progress_bars()
     return paths
 
 

@@ -4,8 +4,8 @@
 
 Batch 1, causal, bfloat16, block 32, stride 16, select 64, count 16, window 512, random inputs. Prints milliseconds
 (median), the ratio to FlashAttention-2 and to cuDNN attention (torch SDPA back ends), the share of the floor
-(floating-point operations at the measured matrix rate, or bytes at the measured copy rate, whichever is longer) and peak
-memory over the inputs.
+(floating-point operations at the measured matrix rate, or bytes at the measured copy rate, whichever is longer) and
+peak memory over the inputs.
 """
 
 from __future__ import annotations

@@ -188,7 +188,8 @@ def selected_attention(
         raise ValueError(f"select_block must be at least 1, got {select_block}")
     if block_indices.ndim != 3 or block_indices.shape[:2] != (q.shape[0], k.shape[1]):
         raise ValueError(
-            f"block_indices must be [tokens, kv heads, count] = [{q.shape[0]}, {k.shape[1]}, count], got {list(block_indices.shape)}"
+            f"block_indices must be [tokens, kv heads, count] = [{q.shape[0]}, {k.shape[1]}, count], "
+            f"got {list(block_indices.shape)}"
         )
     layout = Layout(cu_seqlens)
     if layout.tokens == 0:
@@ -276,7 +277,8 @@ def native_sparse_attention(
         block_indices.ndim != 3 or block_indices.shape[:2] != (q.shape[0], kv_slc[0].shape[1])
     ):
         raise ValueError(
-            f"block_indices must be [tokens, kv heads, count] = [{q.shape[0]}, {kv_slc[0].shape[1]}, count], got {list(block_indices.shape)}"
+            f"block_indices must be [tokens, kv heads, count] = [{q.shape[0]}, {kv_slc[0].shape[1]}, count], "
+            f"got {list(block_indices.shape)}"
         )
     if gates.shape != (*q.shape[:2], 3):
         raise ValueError(f"gates must be [tokens, heads, 3] = {[*q.shape[:2], 3]}, got {list(gates.shape)}")

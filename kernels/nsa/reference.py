@@ -207,7 +207,7 @@ def native_sparse_attention(
         out_cmp, _ = compressed_padded(query, k_blocks, v_blocks, layout, config.block, config.stride, scale)
         out = gate[..., 0, None] * out_cmp
     else:
-        out = 0.0
+        out = query.new_zeros(())
     if block_indices is not None:
         indices = layout.pad(block_indices)
         out_slc = selected_padded(query, k_slc, v_slc, indices, layout, config.select_block, scale)

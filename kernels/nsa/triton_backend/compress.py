@@ -55,9 +55,9 @@ class Windows(torch.autograd.Function):
 
 
 def compress(
-    x: Tensor, weight: Tensor, position: Tensor, layout: Layout, block: int, stride: int, kind: PhiKind
+    x: Tensor, weight: Tensor, position: Tensor | None, layout: Layout, block: int, stride: int, kind: PhiKind
 ) -> tuple[Tensor, Tensor]:
-    """x [T, H, D] -> (blocks [N, H, D], cu_blocks [B+1] int32). weight, position: as in PhiParams; position None: none."""
+    """x [T, H, D] -> (blocks [N, H, D], cu_blocks [B+1] int32). weight, position: as in PhiParams; None: none."""
     cu_blocks, tokens, places = _tables(layout, block, stride)
     windows = Windows.apply(x, tokens, places)  # [H, N, l, D]
     weight = weight.to(x.dtype)

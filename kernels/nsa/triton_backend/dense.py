@@ -65,8 +65,8 @@ def load_keys(
 ):  # fmt: skip
     """Rows first + c of one head of keys or values; ALL: none is past the end.
 
-    TMA: source is a descriptor over [rows, heads D]. What it reads past the end or past D belongs to neighbours and meets
-    a probability, or a column of the queries, of zero.
+    TMA: source is a descriptor over [rows, heads D]. What it reads past the end or past D belongs to neighbours and
+    meets a probability, or a column of the queries, of zero.
     """
     if TMA:
         tile = source.load([start + first, head * D])
@@ -256,19 +256,20 @@ def backward_queries(
     if HAS_CMP:
         key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
         dq = queries_section(q, do, dq, kc_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last, key_start, keys,
-        kv_head, scale,
+                             kv_head, scale,
                              kc_t, kc_h, vc_t, vc_h, 0, L, D, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if SLC == 1:
         dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
-        kv_head, scale,
-                             ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+                             kv_head, scale,
+                             ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S,
+                             DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if SLC == 3:
         dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
-        kv_head, scale,
+                             kv_head, scale,
                              ks_t, ks_h, vs_t, vs_h, 1, WHOLE, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if HAS_WIN:
         dq = queries_section(q, do, dq, kw_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start, length,
-        kv_head, scale,
+                             kv_head, scale,
                              kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if (SLC == 1) or (SLC == 2):
         kv_heads = heads // GROUP

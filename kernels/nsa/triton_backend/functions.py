@@ -87,7 +87,7 @@ class FusedAttention(torch.autograd.Function):
         ctx, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
         gates: Tensor,
         silent: Tensor | None, layout: Layout, config: NSAConfig, scale: float, block_indices: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = map(
             rows_contiguous, (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
         )

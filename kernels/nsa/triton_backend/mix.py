@@ -17,7 +17,7 @@ def merge_and_mix(
 ):  # fmt: skip
     """Rows (t, head) in [first_row, last_row).
 
-    SLC 1: slc holds the forced blocks, merged here with the pairs of the others; 2: pairs alone; 3: slc is whole already.
+    SLC 1: slc holds the forced blocks, merged here with the pairs of the others; 2: pairs alone; 3: slc is whole.
     Merged output and lse replace slc's. MIX: out = the gated sum.
     """
     row = first_row + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -2,8 +2,8 @@
 
 A (query, kv head, slot) that names a block is a pair. Sorting pairs by block gives every block a list of queries, so
 that a tile of many queries times the group's heads meets one block of keys: no group is padded, and each block is read
-once an item rather than once a query. What a pair contributes is written to its own place and summed in slot order later, so
-nothing needs atomics and every run gives the same bits.
+once an item rather than once a query. What a pair contributes is written to its own place and summed in slot order
+later, so nothing needs atomics and every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def backward_pairs(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq [chunk, Hkv, COUNT, GROUP, Dk] of each pair (without the factor scale), dk and dv [items, S, D] of each item."""
+    """dq [chunk, Hkv, COUNT, GROUP, Dk] of each pair (without the factor scale), dk, dv [items, S, D] of each item."""
     PAIRS: tl.constexpr = ROWS // GROUP
     number = tl.program_id(0)
     item = items_ptr + number * 3

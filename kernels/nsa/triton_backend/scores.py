@@ -141,7 +141,7 @@ def choose(
     QUERIES: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, SPILL: tl.constexpr, S: tl.constexpr,
     COUNT: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """out [T, Hkv, COUNT]: the forced blocks and the highest of the rest, ascending, -1 = none. PART queries a program."""
+    """out [T, Hkv, COUNT]: forced blocks and the highest of the rest, ascending, -1 = none. PART queries a program."""
     per_tile: tl.constexpr = QUERIES // PART
     tile_number = tl.program_id(0) // per_tile
     kv_head = tl.program_id(1)

@@ -90,8 +90,8 @@ def initial_tiles(layout: Layout, tokens: int, last: int) -> tuple[Tensor, Tenso
 
 
 def token_table(layout: Layout, select_block: int) -> tuple[Tensor, int]:
-    """([T, 3] int32: packed row of each token's sequence, tokens of it, and the number of its first selection block, the
-    blocks of all sequences being numbered in one row; count of all selection blocks)."""
+    """([T, 3] int32: packed row of each token's sequence, tokens of it, and the number of its first selection block,
+    the blocks of all sequences being numbered in one row; count of all selection blocks)."""
 
     def make() -> tuple[Tensor, int]:
         sizes = np.array(layout.sizes, np.int64)

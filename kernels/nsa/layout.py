@@ -16,6 +16,35 @@ V = TypeVar("V")
 KEEP_MASK_TOKENS = 4096
 
 
+class _Pad(torch.autograd.Function):
+    """[T, ...] -> [B, L, ...]. Whatever gradient padding gets is dropped: it repeats rows that nothing may see there."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+        ctx.save_for_backward(scatter)
+        return x[gather]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (scatter,) = ctx.saved_tensors
+        return grad.flatten(0, 1)[scatter], None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """[B L, ...] -> [T, ...]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scatter: Tensor) -> Tensor:
+        ctx.save_for_backward(scatter)
+        ctx.rows = x.shape[0]
+        return x[scatter]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (scatter,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, scatter, grad), None
+
+
 class Layout:
     """Padding plan of packed sequences: computed once for a batch, used by every branch and layer.
 
@@ -68,14 +97,14 @@ class Layout:
         return self.valid.flatten().nonzero().squeeze(1)
 
     def pad(self, x: Tensor) -> Tensor:
-        """[T, H, D] -> [B, H, L, D]; rows beyond a sequence's end repeat others and must be masked."""
-        padded = x.unflatten(0, (len(self.sizes), self.longest)) if self.uniform else x[self._gather]
+        """[T, H, D] -> [B, H, L, D]; rows beyond a sequence's end repeat others and must be masked (no gradient)."""
+        padded = x.unflatten(0, (len(self.sizes), self.longest)) if self.uniform else _Pad.apply(x, self._gather, self._scatter)
         return padded.transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, H, L, D] -> [T, H, D]."""
         packed = x.transpose(1, 2).flatten(0, 1)
-        return packed if self.uniform else packed[self._scatter]
+        return packed if self.uniform else _Unpad.apply(packed, self._scatter)
 
     def causal(self, first: int, last: int, window: int | None = None) -> Tensor:
         """[last - first, L] bool: key s visible to query t in [first, last), within the window if one is given."""

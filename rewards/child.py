@@ -1,6 +1,7 @@
-"""The grading child: reads JSON lines (answer, gold) on standard input, answers JSON lines on standard output.
+"""The grading child: reads JSON lines (answer, gold, seconds) on standard input, answers JSON lines on standard output.
 
-Started as `python -m plumbline.rewards.child MEMORY_BYTES`. It may be killed at any moment.
+Started as `python -m plumbline.rewards.child MEMORY_BYTES`. It may be killed at any moment, and ends by itself when a
+comparison takes longer than its limit (should the parent be gone) or when its input is closed.
 """
 
 from __future__ import annotations
@@ -16,40 +17,57 @@ def limit_memory(extra_bytes: int) -> None:
         import resource
     except ImportError:
         return
-    pages = int(open("/proc/self/statm", encoding="ascii").read().split()[0]) if os.path.exists("/proc/self/statm") else 0
+    pages = 0
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            pages = int(statm.read().split()[0])
     ceiling = pages * os.sysconf("SC_PAGE_SIZE") + extra_bytes
     resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
+
+
+def answer_line(line: str, second_opinion: bool) -> list[str]:
+    """[reason, detail] of one request."""
+    answer, gold, seconds = json.loads(line)
+    if hasattr(os, "fork"):
+        import signal
+
+        # No handler: the system ends this process, whatever it is stuck in. The parent kills earlier.
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1.0)
+    try:
+        if second_opinion:
+            from plumbline.rewards.checking.second import agrees
+
+            equal = agrees(answer, gold)
+        else:
+            from plumbline.rewards.equivalence import compare
+
+            equal = compare(answer, gold, deep=True) is True
+        return ["correct" if equal else "wrong", ""]
+    except MemoryError:
+        return ["error", "out of memory"]
+    except RecursionError:
+        return ["error", "nested too deeply"]
+    except Exception as error:  # a verdict of its own, counted and shown, whatever a library raised
+        return ["error", f"{type(error).__name__}: {error}"[:200]]
+    finally:
+        if hasattr(os, "fork"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def main() -> None:
     # The protocol owns the real standard output; anything a library prints goes to standard error.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.disable(logging.CRITICAL)
+    second_opinion = sys.argv[2:] == ["second"]
+    if second_opinion:
+        import plumbline.rewards.checking.second  # noqa: F401
+    else:
+        import plumbline.rewards.deep
+        import plumbline.rewards.equivalence  # noqa: F401
     limit_memory(int(sys.argv[1]))
     print("ready", file=channel, flush=True)
     for line in sys.stdin:
-        answer, gold = json.loads(line)
-        try:
-            # Timeouts inside math-verify need signals and do not kill; ours is the parent's.
-            reference = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-            if not reference:
-                result = ["bad_gold", ""]
-            else:
-                candidate = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-                equal = bool(candidate) and verify(reference, candidate, timeout_seconds=None)
-                result = ["correct" if equal else "wrong", ""]
-        except MemoryError:
-            result = ["error", "out of memory"]
-        except RecursionError:
-            result = ["error", "nested too deeply"]
-        except Exception as error:  # a verdict of its own, counted and shown, whatever the library raised
-            result = ["error", f"{type(error).__name__}: {error}"[:200]]
-        print(json.dumps(result), file=channel, flush=True)
+        print(json.dumps(answer_line(line, second_opinion)), file=channel, flush=True)
 
 
 if __name__ == "__main__":

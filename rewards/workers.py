@@ -18,26 +18,40 @@ from types import TracebackType
 from plumbline.rewards.verdict import Reason, Verdict
 from plumbline.rewards.verifier import settle
 
+# The second checker imports SymPy; it may take so long to start, once.
 START_SECONDS = 60.0
+SHARED_PROCESSES = 16
 
 
 class Child:
-    """One grading process; started when first needed, started again after a kill."""
+    """One grading process; started when first needed, started again after a kill.
 
-    def __init__(self, memory_bytes: int) -> None:
+    Args:
+        memory_bytes: how much its address space may grow over what its libraries take.
+        second: run the second checker (math-verify) in place of this project's own comparison.
+    """
+
+    def __init__(self, memory_bytes: int, second: bool = False) -> None:
         self.memory_bytes = memory_bytes
+        self.second = second
         self.process: subprocess.Popen[bytes] | None = None
+        self.ready = False
 
     def compare(self, answer: str, gold: str, timeout: float) -> tuple[Reason, float]:
-        """(reason, seconds). `timeout` when the limit passed, `error` when the child died of the question."""
-        process = self._running()
-        assert process.stdin is not None
+        """(reason, seconds). `timeout` when the limit passed, starting included; `error` when the child died of the question."""
         began = time.perf_counter()
+        deadline = began + timeout
         try:
-            process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
+            process = self._running(deadline)
+            if process is None:
+                return "timeout", time.perf_counter() - began
+            if self.second:  # it starts slowly; its limit is for the comparison
+                deadline = time.perf_counter() + timeout
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([answer, gold, timeout]).encode() + b"\n")
             process.stdin.flush()
-            line = self._line(began + timeout)
-        except (BrokenPipeError, ConnectionResetError, EOFError):
+            line = self._line(deadline)
+        except (OSError, EOFError, ValueError):
             self.kill()
             return "error", time.perf_counter() - began
         if line is None:
@@ -45,24 +59,26 @@ class Child:
             return "timeout", time.perf_counter() - began
         return json.loads(line)[0], time.perf_counter() - began
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is not None and self.process.poll() is None:
-            return self.process
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "plumbline.rewards.child", str(self.memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        try:
-            ready = self._line(time.perf_counter() + START_SECONDS)
-        except EOFError:
-            ready = b""
-        if ready != b"ready\n":
+    def _running(self, deadline: float) -> subprocess.Popen[bytes] | None:
+        """The process, ready for a question; None if it is not up by the deadline (it is left to come up)."""
+        if self.process is None or self.process.poll() is not None:
             self.kill()
-            raise RuntimeError(f"the grading process did not start within {START_SECONDS:g} s; is math-verify installed for {sys.executable}?")
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+            arguments = [str(self.memory_bytes), *(["second"] if self.second else [])]
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "plumbline.rewards.child", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        if not self.ready:
+            ready = self._line(time.perf_counter() + START_SECONDS if self.second else deadline)
+            if ready is None:
+                return None
+            if ready != b"ready\n":
+                raise EOFError
+            self.ready = True
         return self.process
 
     def _line(self, deadline: float) -> bytes | None:
@@ -70,9 +86,11 @@ class Child:
         assert self.process is not None and self.process.stdout is not None
         pipe = self.process.stdout.fileno()
         buffer = b""
+        poll = select.poll()  # select() knows no descriptor above 1023
+        poll.register(pipe, select.POLLIN | select.POLLHUP)
         while not buffer.endswith(b"\n"):
             left = deadline - time.perf_counter()
-            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            if left <= 0 or not poll.poll(left * 1000):
                 return None
             piece = os.read(pipe, 65536)
             if not piece:
@@ -81,6 +99,7 @@ class Child:
         return buffer
 
     def kill(self) -> None:
+        self.ready = False
         if self.process is None:
             return
         self.process.kill()
@@ -101,43 +120,46 @@ class Grader:
         processes: children that compare at once.
         timeout: seconds for one answer.
         memory_gib: memory of one child over what its libraries take.
+        second: compare with the second checker (math-verify) instead; every pair then goes to a child.
     """
 
-    def __init__(self, processes: int = 1, timeout: float = 2.0, memory_gib: float = 0.5) -> None:
+    def __init__(self, processes: int = 1, timeout: float = 2.0, memory_gib: float = 0.5, *, second: bool = False) -> None:
         if processes < 1 or timeout <= 0 or memory_gib <= 0:
             raise ValueError(f"processes ({processes}), timeout ({timeout}) and memory_gib ({memory_gib}) must be positive")
         self.timeout = timeout
-        self.children = [Child(int(memory_gib * 2**30)) for _ in range(processes)]
-        self.idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
+        self.children = [Child(int(memory_gib * 2**30), second) for _ in range(processes)]
+        # Last in, first out: a child that runs already is taken before one that must start.
+        self.idle: queue.LifoQueue[Child] = queue.LifoQueue()
         for child in self.children:
             self.idle.put(child)
 
     def grade_many(self, pairs: Sequence[tuple[str, str]], *, boxed_only: bool = True) -> list[Verdict]:
         """Verdicts of (response, gold) pairs, in order."""
         settled = [settle(response, gold, boxed_only) for response, gold in pairs]
-        slow = [number for number, item in enumerate(settled) if not isinstance(item, Verdict)]
-        if len(slow) > 1 and len(self.children) > 1:
-            with ThreadPoolExecutor(len(self.children)) as pool:
-                answers = list(pool.map(self._compare, [settled[number] for number in slow]))
-        else:
-            answers = [self._compare(settled[number]) for number in slow]
-        for number, verdict in zip(slow, answers, strict=True):
-            settled[number] = verdict
-        return [item for item in settled if isinstance(item, Verdict)]
+        slow = {number: item for number, item in enumerate(settled) if not isinstance(item, Verdict)}
+        compared = dict(zip(slow, self.compare_many(list(slow.values())), strict=True))
+        return [item if isinstance(item, Verdict) else compared[number] for number, item in enumerate(settled)]
 
-    def _compare(self, pair: Verdict | tuple[str, str]) -> Verdict:
-        assert not isinstance(pair, Verdict)
+    def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts of (answer, gold) pairs in the children, in order."""
+        if len(pairs) > 1 and len(self.children) > 1:
+            with ThreadPoolExecutor(min(len(self.children), len(pairs), os.cpu_count() or 1)) as pool:
+                return list(pool.map(lambda pair: self.compare(*pair), pairs))
+        return [self.compare(*pair) for pair in pairs]
+
+    def compare(self, answer: str, gold: str) -> Verdict:
+        """The verdict of one (answer, gold) pair in a child."""
         child = self.idle.get()
         try:
-            reason, seconds = child.compare(*pair, self.timeout)
+            reason, seconds = child.compare(answer, gold, self.timeout)
         finally:
             self.idle.put(child)
-        return Verdict(reason == "correct", reason, pair[0], seconds)
+        return Verdict(reason == "correct", reason, answer, seconds)
 
     def close(self) -> None:
         """End the children. The grader may be used again; it then starts new ones."""
-        for _ in self.children:
-            child = self.idle.get()
+        taken = [self.idle.get() for _ in self.children]
+        for child in taken:
             child.kill()
             self.idle.put(child)
 
@@ -156,6 +178,17 @@ def shared_grader(timeout: float) -> Grader:
     """This process's own grader for a time limit, ended at exit."""
     with _lock:
         if timeout not in _shared:
-            _shared[timeout] = Grader(1, timeout)
+            _shared[timeout] = Grader(SHARED_PROCESSES, timeout)
             atexit.register(_shared[timeout].close)
         return _shared[timeout]
+
+
+def _forget_after_fork() -> None:
+    """A forked process must not talk to its parent's children."""
+    global _lock
+    _shared.clear()
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)

@@ -17,7 +17,7 @@ KEEP_MASK_TOKENS = 4096
 
 
 class _Pad(torch.autograd.Function):
-    """[T, ...] -> [B, L, ...]. Whatever gradient padding gets is dropped: it repeats rows that nothing may see there."""
+    """[T, ...] -> [B, L, ...]. The gradient of padding is dropped: it repeats rows that nothing may see there."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
@@ -98,8 +98,9 @@ class Layout:
 
     def pad(self, x: Tensor) -> Tensor:
         """[T, H, D] -> [B, H, L, D]; rows beyond a sequence's end repeat others and must be masked (no gradient)."""
-        padded = x.unflatten(0, (len(self.sizes), self.longest)) if self.uniform else _Pad.apply(x, self._gather, self._scatter)
-        return padded.transpose(1, 2)
+        if self.uniform:
+            return x.unflatten(0, (len(self.sizes), self.longest)).transpose(1, 2)
+        return _Pad.apply(x, self._gather, self._scatter).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, H, L, D] -> [T, H, D]."""

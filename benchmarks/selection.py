@@ -18,9 +18,11 @@ evidence that a method helps a language model; docs/selection.md has runs of rea
 from __future__ import annotations
 
 import argparse
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +156,8 @@ def online(world: World, learner: Learner, seed: int) -> dict[str, Callable[[], 
     """Sampler name -> maker, on the full set."""
     levels = {i: float(d) for i, d in zip(learner.ids, learner.difficulty[: world.samples], strict=True)}
     makers: dict[str, Callable[[], Sampler]] = {
-        name: lambda kind=kind: kind(learner.ids, seed) for name, kind in SAMPLERS.items() if name not in ("uniform", "curriculum", "speed")
-    }  # fmt: skip
+        name: partial(SAMPLERS[name], learner.ids, seed) for name in ("prioritised", "dynamic", "greso")
+    }
     makers["curriculum"] = lambda: CurriculumSampler(learner.ids, seed, difficulty=levels)
     makers["speed"] = lambda: SpeedSampler(learner.ids, seed, screening=2, completions=world.completions)
     return makers
@@ -227,11 +229,12 @@ def main() -> None:
     text = table(compare(world, options.seeds))
     seconds = time.perf_counter() - began
     note = (
-        f"Held-out accuracy in percent, mean and 95% bootstrap interval over {options.seeds} seeds (simulated learners, "
-        f"{world.held_out} held-out problems each). {world.samples} training problems, {world.bad_golds:.0%} bad golds; "
-        f"{world.budget:,} rollouts an arm. Equal rollouts leaves out what a method spent to choose; equal total rollouts "
-        f"takes it off the arm's budget (LIM, LINEAR, variance, p(1-p): a run of {world.prerun_epochs} epochs; pass_rate: "
-        f"{world.completions} rollouts a problem). {seconds:.0f} s."
+        f"Held-out accuracy in percent, mean and 95% bootstrap interval over {options.seeds} seeds (simulation, "
+        f"{world.held_out} held-out problems each). {world.samples} to train on, {world.bad_golds:.0%} bad golds; "
+        f"{world.budget:,} rollouts an arm. Equal rollouts leaves out what a method spent to choose; equal total "
+        "rollouts takes it off the arm's budget (LIM, LINEAR, variance, p(1-p): a run of "
+        f"{world.prerun_epochs} epochs; pass_rate: {world.completions} rollouts a problem). {seconds:.0f} s on one "
+        f"core; Python {platform.python_version()}, NumPy {np.__version__}."
     )
     print(f"{text}\n\n{note}")
     if options.output is not None:

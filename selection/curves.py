@@ -47,33 +47,71 @@ def curves(
     ids, codes_of = merged_samples(folder, names)
     wide = epochs if epochs is not None else 1 + max(_last_epoch(folder, name) for name in names)
     # Epoch by epoch, so that rows of one stretch of training fall close together in memory.
-    sums = np.zeros((wide, len(ids)))
-    counts = np.zeros((wide, len(ids)), dtype=np.int32)
+    tally = _Successes(wide * len(ids)) if value == "correct" else _Rewards(wide * len(ids))
     for name in names:
         lookup = codes_of[name]
         for batches in gathered(folder, name):
             table = pa.Table.from_batches([batch.select(["epoch", "sample", value]) for batch in batches])
             epoch = table.column("epoch").to_numpy()
             sample = table.column("sample").to_numpy()
-            earned = table.column(value)
-            weight = (earned.cast(pa.uint8()) if value == "correct" else earned).to_numpy().astype(np.float64)
             # Samples and epochs first seen after reading began have no place; their rows belong to the next reading.
             known = len(ids) if lookup is None else len(lookup)
             wanted = (sample < known) & (epoch < wide)
             if not wanted.all():
-                epoch, sample, weight = epoch[wanted], sample[wanted], weight[wanted]
-            place = epoch.astype(np.int64) * len(ids) + (sample if lookup is None else lookup[sample])
-            np.add.at(sums.reshape(-1), place, weight)
-            np.add.at(counts.reshape(-1), place, np.int32(1))
+                table = table.filter(pa.array(wanted))
+                epoch, sample = epoch[wanted], sample[wanted]
+            place = epoch.astype(np.int64)
+            place *= len(ids)
+            place += sample if lookup is None else lookup[sample]
+            tally.add(place, table.column(value))
+    mean = tally.mean().reshape(wide, len(ids))
     seen = np.zeros(len(ids), dtype=bool)
-    for row, number in zip(sums, counts, strict=True):
-        np.divide(row, number, out=row, where=number > 0)
-        row[number == 0] = np.nan
-        seen |= number > 0
+    for row in mean:
+        seen |= ~np.isnan(row)
     if not seen.all():
         # Named, but every row of it was cut off again when the run went back to a checkpoint.
-        return [sample_id for sample_id, kept in zip(ids, seen, strict=True) if kept], sums.T[seen]
-    return ids, sums.T
+        return [sample_id for sample_id, kept in zip(ids, seen, strict=True) if kept], mean.T[seen]
+    return ids, mean.T
+
+
+class _Successes:
+    """Counts rollouts and successes of many places in one table: a row costs one visit to memory, not two."""
+
+    # A place holds its rollouts in the upper half and its successes in the lower.
+    ROLLOUT = 1 << 32
+
+    def __init__(self, places: int) -> None:
+        self.packed = np.zeros(places, dtype=np.int64)
+
+    def add(self, place: np.ndarray, correct: pa.ChunkedArray) -> None:
+        np.add.at(self.packed, place, correct.cast(pa.int64()).to_numpy() + self.ROLLOUT)
+
+    def mean(self) -> np.ndarray:
+        """[places] float64, NaN where nothing was counted. Takes the table's own memory."""
+        result = self.packed.view(np.float64)
+        with np.errstate(invalid="ignore"):
+            for start in range(0, len(result), GATHERED_ROWS):
+                part = self.packed[start : start + GATHERED_ROWS]
+                result[start : start + GATHERED_ROWS] = (part & (self.ROLLOUT - 1)) / (part >> 32)
+        return result
+
+
+class _Rewards:
+    """Sums rewards of many places."""
+
+    def __init__(self, places: int) -> None:
+        self.sums = np.zeros(places)
+        self.counts = np.zeros(places, dtype=np.int32)
+
+    def add(self, place: np.ndarray, reward: pa.ChunkedArray) -> None:
+        np.add.at(self.sums, place, reward.to_numpy())
+        np.add.at(self.counts, place, np.int32(1))
+
+    def mean(self) -> np.ndarray:
+        """[places] float64, NaN where nothing was counted. Takes the table's own memory."""
+        with np.errstate(invalid="ignore"):
+            self.sums /= self.counts
+        return self.sums
 
 
 def only_run(folder: str | Path) -> str:

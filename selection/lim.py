@@ -62,8 +62,9 @@ def fill_gaps(curves: np.ndarray, mode: Variant = "limr") -> np.ndarray:
     incomplete = np.isnan(values[:, -1])
     for k in range(values.shape[1] - 1):
         gap = np.isnan(values[:, k])
-        filled[gap, k] = values[gap, k + 1]
-        incomplete |= np.isnan(filled[:, k])
+        if gap.any():
+            filled[gap, k] = values[gap, k + 1]
+            incomplete |= np.isnan(filled[:, k])
     filled[incomplete] = np.nan
     return filled
 
@@ -90,10 +91,8 @@ def lim_scores(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     complete = 0
     for start in range(0, count, CHUNK):
         part = values[start : start + CHUNK]
-        if np.isinf(part).any():
-            raise ValueError("curves hold infinite rewards")
-        whole = ~np.isnan(part).any(axis=1)
-        total += part[whole].sum(axis=0)
+        whole = _complete(part)
+        total += part.sum(axis=0) if whole.all() else part[whole].sum(axis=0)
         complete += int(whole.sum())
     if complete == 0:
         raise ValueError(
@@ -106,11 +105,15 @@ def lim_scores(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     undefined = False
     for start in range(0, count, CHUNK):
         part = values[start : start + CHUNK]
-        seen = ~np.isnan(part)
-        error = np.where(seen, part - average, 0.0)
-        reach = seen @ room
+        error = part - average
+        reach = np.broadcast_to(room.sum(), len(part))
+        some = np.ones(len(part), dtype=bool)
+        if not _complete(part).all():
+            seen = ~np.isnan(part)
+            error[~seen] = 0.0
+            reach, some = seen @ room, seen.any(axis=1)
         defined = reach > 0
-        undefined |= bool((~defined & seen.any(axis=1)).any())
+        undefined |= bool((~defined & some).any())
         distance = np.einsum("nk,nk->n", error, error)
         scores[start : start + CHUNK][defined] = 1.0 - distance[defined] / reach[defined]
     if undefined:
@@ -126,6 +129,16 @@ def select(scores: np.ndarray, threshold: float = 0.6, strict: bool = False) -> 
     """[N] bool: score >= threshold (strict: >). NaN is never selected."""
     scores = np.asarray(scores, dtype=np.float64)
     return np.greater(scores, threshold) if strict else np.greater_equal(scores, threshold)
+
+
+def _complete(part: np.ndarray) -> np.ndarray:
+    """[n] bool: rows without NaN. ValueError for infinity."""
+    total = part.sum(axis=1)
+    if np.isfinite(total).all():
+        return np.ones(len(part), dtype=bool)
+    if np.isinf(part).any():
+        raise ValueError("curves hold infinite rewards")
+    return ~np.isnan(total)
 
 
 def _checked(curves: np.ndarray) -> np.ndarray:

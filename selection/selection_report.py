@@ -102,6 +102,21 @@ def compared(selection: Selection, seed: int) -> dict[str, set[str]]:
     return found
 
 
+def never_right_is_kept(selection: Selection) -> str:
+    """A warning, or nothing: where the average stays low, a curve of zeros is close to it, and LIM keeps it."""
+    if selection.method != "lim" or selection.low is None or selection.average is None:
+        return ""
+    room = float(((1 - selection.average) ** 2).sum())
+    zeros = 1 - float((selection.average**2).sum()) / room if room > 0 else float("nan")
+    if not zeros >= selection.low:
+        return ""
+    return (
+        f"The average curve ends at {selection.average[-1]:.2f} and stays so low that a sample never answered right "
+        f"scores {zeros:.2f} and is kept: this run is too short, or too hard, for LIM to tell learning from failing. "
+        "Record more epochs, or raise the threshold above that score."
+    )
+
+
 def sections(
     selection: Selection,
     *,
@@ -129,6 +144,8 @@ def sections(
         f"{unscored:,} have no score and are dropped.",
         GLOSSARY,
     ]
+    if warning := never_right_is_kept(selection):
+        summary.insert(1, f"Warning. {warning}")
     out: list[Section] = [{"title": "What was kept", "text": summary}]
     if facts is not None:
         out[0]["note"] = "A method that needs a recorded run has already spent its rollouts: " + (

@@ -151,7 +151,7 @@ def _print(
     from rich.markup import escape
     from rich.table import Table
 
-    from plumbline.selection.selection_report import group_columns, group_rows, health_rows
+    from plumbline.selection.selection_report import group_columns, group_rows, health_rows, never_right_is_kept
 
     n, kept = len(chosen.sample_ids), int(chosen.kept.sum())
     console.print(f"{chosen.method} keeps {kept:,} of {n:,} samples ({kept / n:.1%}): {chosen.rule}", markup=False)
@@ -173,3 +173,5 @@ def _print(
         for row in rows[1:]:
             table.add_row(*map(escape, row))
         console.print(table)
+    if warning := never_right_is_kept(chosen):
+        console.print(f"warning: {warning}", markup=False)

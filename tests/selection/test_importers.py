@@ -233,6 +233,7 @@ def test_a_real_trainer_fills_the_history(tmp_path):
         report_to=[],
         use_cpu=True,
         logging_steps=1,
+        log_completions=True,
         save_strategy="no",
     )
     trainer = GRPOTrainer(
@@ -249,3 +250,8 @@ def test_a_real_trainer_fills_the_history(tmp_path):
     assert values.shape == (4, 2)
     assert not np.isnan(values).any()
     assert read_history(tmp_path / "history").num_rows == 16
+    # What the trainer logs by itself says the same of every completion; its four prompts are one text.
+    assert import_trl(tmp_path / "out", tmp_path / "imported", "run") == 16
+    for name in ("reward", "step"):
+        ours, theirs = (sorted(read_history(tmp_path / f)[name].to_pylist()) for f in ("history", "imported"))
+        assert ours == theirs

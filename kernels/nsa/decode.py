@@ -9,7 +9,14 @@ from torch import Tensor
 
 from plumbline.kernels.nsa.config import NSAConfig, PhiParams, block_counts, overlap_weights
 from plumbline.kernels.nsa.layout import Layout
-from plumbline.kernels.nsa.reference import choose, compress_padded, compressed_scores, phi
+from plumbline.kernels.nsa.reference import (
+    choose,
+    compress_padded,
+    compressed_logits,
+    compressed_probabilities,
+    phi,
+    weigh,
+)
 
 BRANCHES = ("cmp", "slc", "win")
 
@@ -153,8 +160,8 @@ def decode_step(
 
     query = q[:, :, None]
     k_blocks, v_blocks = (store[plan.slots, :, : plan.blocks] for store in cache.blocks)
-    probabilities, _ = compressed_scores(query, k_blocks.to(q.dtype), plan.visible, scale)
-    out = gates[..., 0, None] * (probabilities.to(q.dtype) @ v_blocks.to(q.dtype)[:, :, None])[..., 0, :].flatten(1, 2)
+    probabilities = compressed_probabilities(compressed_logits(query, k_blocks.to(q.dtype), scale), plan.visible)
+    out = gates[..., 0, None] * weigh(probabilities, v_blocks.to(q.dtype))[:, :, 0]
 
     importance = probabilities.sum(2) @ plan.weights.to(probabilities.dtype)
     indices = choose(

@@ -62,23 +62,21 @@ def compress(
     return Layout(cu_blocks).unpad(padded), cu_blocks
 
 
-def compressed_scores(q: Tensor, k_cmp: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Probabilities over visible blocks, zero rows where none is visible, and the log-sum-exp (-inf there).
-
-    q [B, Hq, t, D], k_cmp [B, Hkv, N, D], visible [t, N] -> (p [B, Hkv, G, t, N], lse [B, Hq, t]); float32 or wider.
-    """
+def compressed_logits(q: Tensor, k_cmp: Tensor, scale: float) -> Tensor:
+    """q [B, Hq, t, D], k_cmp [B, Hkv, N, D] -> [B, Hkv, G, t, N], float32 or wider."""
     batch, heads, t, dim = q.shape
-    kv_heads = k_cmp.shape[1]
-    precise = wide(q)
-    logits = q.reshape(batch, kv_heads, -1, dim).to(precise) @ k_cmp.to(precise).transpose(-1, -2)
-    logits = (logits * scale).view(batch, kv_heads, heads // kv_heads, t, -1)
-    logits = logits.masked_fill(~visible, -math.inf)
-    any_visible = visible.any(-1)
-    # A row of -inf alone has no softmax; give it finite logits and zero the result.
-    safe = torch.where(any_visible[..., None], logits, torch.zeros_like(logits))
-    probabilities = torch.softmax(safe, -1) * any_visible[..., None].to(precise) if k_cmp.shape[2] else safe
-    lse = torch.logsumexp(logits, -1) if k_cmp.shape[2] else logits.new_full(logits.shape[:-1], -math.inf)
-    return probabilities, lse.flatten(1, 2)
+    kv_heads, precise = k_cmp.shape[1], wide(q)
+    rows = (q.to(precise) * scale).reshape(batch, kv_heads, -1, dim)
+    return (rows @ k_cmp.to(precise).transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, t, -1)
+
+
+def compressed_probabilities(logits: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over visible blocks (visible broadcasts to logits); a row that sees none is zero."""
+    if logits.shape[-1] == 0:
+        return logits
+    any_visible = visible.any(-1, keepdim=True)
+    # A row of -inf alone has no softmax; it keeps its logits and is zeroed afterwards.
+    return torch.softmax(logits.masked_fill(any_visible & ~visible, -math.inf), -1) * any_visible.to(logits.dtype)
 
 
 def choose(scores: Tensor, t: Tensor, select_block: int, count: int, initial: int, local: int) -> Tensor:
@@ -114,9 +112,9 @@ def block_mask(indices: Tensor, blocks: int) -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention. q [B, Hq, t, D], k/v [B, Hkv, s, D]; mask [.., t, s] bool, None: causal with t = s."""
+    """Softmax attention. q [B, Hq, t, D], k/v [B, Hkv, s, D]; mask bool [B, Hkv, t, s] or [t, s], None: causal."""
     groups = q.shape[1] // k.shape[1]
-    if mask is not None and mask.ndim == 4 and mask.shape[1] == k.shape[1] and groups > 1:
+    if mask is not None and mask.ndim == 4 and groups > 1:
         mask = mask.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
@@ -151,6 +149,12 @@ def window_padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int, 
     return torch.cat(parts, 2)
 
 
+def weigh(p: Tensor, v: Tensor) -> Tensor:
+    """p [B, Hkv, G, t, N], v [B, Hkv, N, Dv] -> [B, Hq, t, Dv]."""
+    batch, kv_heads, groups, t, n = p.shape
+    return (p.to(v.dtype).reshape(batch, kv_heads, groups * t, n) @ v).view(batch, kv_heads * groups, t, -1)
+
+
 def compressed_padded(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, layout: Layout, block: int, stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -158,28 +162,44 @@ def compressed_padded(
     outs, lses = [], []
     for first, last in query_chunks(layout, q.shape[1], k_cmp.shape[2]):
         visible = layout.visible_blocks(first, last, k_cmp.shape[2], block, stride)
-        p, lse = compressed_scores(q[:, :, first:last], k_cmp, visible, scale)
-        outs.append((p.to(v_cmp.dtype) @ v_cmp[:, :, None]).flatten(1, 2))
-        lses.append(lse)
+        logits = compressed_logits(q[:, :, first:last], k_cmp, scale)
+        outs.append(weigh(compressed_probabilities(logits, visible), v_cmp))
+        lses.append(torch.logsumexp(logits.masked_fill(~visible, -math.inf), -1).flatten(1, 2))
     return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+@torch.no_grad()
+def choose_by(p: Tensor, first: int, candidates: int, config: NSAConfig) -> Tensor:
+    """Compressed probabilities [B, Hkv, G, t, N] of queries first, first + 1, ... -> [B, Hkv, t, count] int32."""
+    weights = overlap_weights(p.shape[-1], candidates, config.block, config.stride, config.select_block, p)
+    t = torch.arange(first, first + p.shape[3], device=p.device)
+    return choose(p.sum(2) @ weights, t, config.select_block, config.count, config.initial, config.local)
 
 
 @torch.no_grad()
 def select_padded(q: Tensor, k_cmp: Tensor, layout: Layout, config: NSAConfig, scale: float) -> Tensor:
     """[B, Hkv, L, count] int32; padding queries get the choice of their position."""
-    blocks, length = k_cmp.shape[2], layout.longest
-    candidates = -(-length // config.select_block)
-    weights = overlap_weights(
-        blocks, candidates, config.block, config.stride, config.select_block, q.new_empty(0, dtype=wide(q))
-    )
+    candidates = -(-layout.longest // config.select_block)
     parts = []
-    for first, last in query_chunks(layout, q.shape[1], blocks):
-        visible = layout.visible_blocks(first, last, blocks, config.block, config.stride)
-        p, _ = compressed_scores(q[:, :, first:last], k_cmp, visible, scale)
-        importance = p.sum(2) @ weights
-        t = torch.arange(first, last, device=q.device)
-        parts.append(choose(importance, t, config.select_block, config.count, config.initial, config.local))
+    for first, last in query_chunks(layout, q.shape[1], k_cmp.shape[2]):
+        visible = layout.visible_blocks(first, last, k_cmp.shape[2], config.block, config.stride)
+        p = compressed_probabilities(compressed_logits(q[:, :, first:last], k_cmp, scale), visible)
+        parts.append(choose_by(p, first, candidates, config))
     return torch.cat(parts, 2)
+
+
+def compress_and_choose(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, layout: Layout, config: NSAConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """compressed_padded's output and select_padded's blocks from the same probabilities."""
+    candidates = -(-layout.longest // config.select_block)
+    outs, blocks = [], []
+    for first, last in query_chunks(layout, q.shape[1], k_cmp.shape[2]):
+        visible = layout.visible_blocks(first, last, k_cmp.shape[2], config.block, config.stride)
+        p = compressed_probabilities(compressed_logits(q[:, :, first:last], k_cmp, scale), visible)
+        outs.append(weigh(p, v_cmp))
+        blocks.append(choose_by(p, first, candidates, config))
+    return torch.cat(outs, 2), torch.cat(blocks, 2)
 
 
 def native_sparse_attention(
@@ -195,34 +215,18 @@ def native_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """All three branches over one padding plan. Returns (out [T, Hq, Dv], indices [T, Hkv, count])."""
     scale = config.scale if config.scale is not None else 1 / math.sqrt(q.shape[-1])
-    kv_heads = kv_cmp[0].shape[1]
-    query, gate = layout.pad(q), layout.pad(gates)
+    query, gate = layout.pad(q), layout.pad(gates)[..., None]
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (layout.pad(x) for kv in (kv_cmp, kv_slc, kv_win) for x in kv)
-    batch, length = len(layout.lengths), layout.longest
-
     k_blocks = compress_padded(k_cmp, params.k_weight, params.k_position, config.block, config.stride, config.phi)
     v_blocks = compress_padded(v_cmp, params.v_weight, params.v_position, config.block, config.stride, config.phi)
-    candidates = -(-length // config.select_block)
-    if k_blocks.shape[2]:
-        out_cmp, _ = compressed_padded(query, k_blocks, v_blocks, layout, config.block, config.stride, scale)
-        out = gate[..., 0, None] * out_cmp
-    else:
-        out = query.new_zeros(())
+    out_cmp, indices = compress_and_choose(query, k_blocks, v_blocks, layout, config, scale)
     if block_indices is not None:
         indices = layout.pad(block_indices)
-        out_slc = selected_padded(query, k_slc, v_slc, indices, layout, config.select_block, scale)
-    elif candidates <= config.count:
+    if block_indices is None and layout.longest <= config.count * config.select_block:
         # Every block is chosen whatever the scores: plain causal attention.
-        t = torch.arange(length, device=q.device)
-        zeros = query.new_zeros(batch, kv_heads, length, candidates)
-        indices = choose(zeros, t, config.select_block, config.count, config.initial, config.local)
         out_slc = masked_attention(query, k_slc, v_slc, None, scale)
     else:
-        indices = select_padded(query, k_blocks, layout, config, scale)
         out_slc = selected_padded(query, k_slc, v_slc, indices, layout, config.select_block, scale)
-    out = (
-        out
-        + gate[..., 1, None] * out_slc
-        + gate[..., 2, None] * window_padded(query, k_win, v_win, layout, config.window, scale)
-    )
+    out_win = window_padded(query, k_win, v_win, layout, config.window, scale)
+    out = gate[..., 0, :] * out_cmp + gate[..., 1, :] * out_slc + gate[..., 2, :] * out_win
     return layout.unpad(out), layout.unpad(indices)

@@ -38,7 +38,7 @@ class UndefinedScores(UserWarning):
     """The average curve is 1 at every epoch: no sample can be told from another."""
 
 
-def fill_gaps(curves: np.ndarray, mode: Variant = "limr") -> np.ndarray:
+def fill_gaps(curves: np.ndarray, mode: Variant = "limr", *, out: np.ndarray | None = None) -> np.ndarray:
     """Treat missing epochs (NaN) as one of the two definitions does.
 
     Args:
@@ -47,8 +47,10 @@ def fill_gaps(curves: np.ndarray, mode: Variant = "limr") -> np.ndarray:
             incomplete (a gap at the end, or before another gap) becomes NaN throughout, as the published code drops it.
             `paper`: nothing is filled.
 
+        out: float64 array for the result; `curves` itself fills in place and spares a large table's second copy.
+
     Returns:
-        A new [N, K] float64 array.
+        [N, K] float64, a new array unless `out` is given.
 
     Raises:
         ValueError: another mode, or curves that are not 2-D with at least one epoch.
@@ -56,7 +58,12 @@ def fill_gaps(curves: np.ndarray, mode: Variant = "limr") -> np.ndarray:
     values = _checked(curves)
     if mode not in VARIANTS:
         raise ValueError(f"mode must be limr or paper, got {mode!r}")
-    filled = values.copy(order="K")
+    if out is None:
+        filled = values.copy(order="K")
+    else:
+        filled = out
+        if out is not curves:
+            filled[...] = values
     if mode == "paper":
         return filled
     incomplete = np.isnan(values[:, -1])

@@ -137,7 +137,8 @@ def select_samples(
     incomplete = np.asarray(np.isnan(values).any(axis=1))
     average = values[~incomplete].mean(axis=0) if not incomplete.all() else None
     if method == "lim":
-        values = lim.fill_gaps(values, variant)
+        if incomplete.any():
+            values = lim.fill_gaps(values, variant)
         scores, average = lim.lim_scores(values)
     elif method == "random":
         scores = baselines.random_scores(len(ids), seed)

@@ -98,6 +98,9 @@ def _read(
         raise FileNotFoundError(f"history {history} does not exist")
     kind = importers.detect(history)
     if kind is None:
+        inside = sorted({path.parents[2] for path in history.glob("*/history/*/*.arrows")})
+        if inside:
+            raise ValueError(f"{history} holds {len(inside)} runs: name one of {', '.join(map(str, inside))}")
         raise ValueError(
             f"{history} is no reward history: expected a run's folder, a history, TRL's completions_*.parquet, "
             "verl's N.jsonl, OpenRLHF's step_N.json, or a .csv / .parquet of curves"

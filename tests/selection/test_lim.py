@@ -66,6 +66,16 @@ def test_published_code_fills_from_the_next_epoch_only():
     assert np.isnan(scores).tolist() == [False, True, True, False, False]
 
 
+def test_filling_in_place_is_the_same():
+    curves = np.random.default_rng(0).choice([0.0, 0.5, 1.0, nan], (200, 6))
+    expected = fill_gaps(curves)
+    other = np.zeros((200, 6))
+    assert fill_gaps(curves, out=other) is other
+    np.testing.assert_array_equal(other, expected)
+    assert fill_gaps(curves, out=curves) is curves
+    np.testing.assert_array_equal(curves, expected)
+
+
 def test_paper_scores_incomplete_samples_on_the_epochs_they_have():
     curves = np.array([[0, 0.5, 1], [0, nan, 0.5], [nan, nan, nan]])
     filled = fill_gaps(curves, "paper")

@@ -22,7 +22,7 @@ MEASURE = textwrap.dedent(
     began = time.perf_counter()
     if sys.argv[2] == "score":
         ids, table = curves(sys.argv[1])
-        scores, _ = lim.lim_scores(lim.fill_gaps(table))
+        scores, _ = lim.lim_scores(lim.fill_gaps(table, out=table))
         found = len(scores)
     else:
         found = sum(batch.num_rows for batch in iterate_history(sys.argv[1]))

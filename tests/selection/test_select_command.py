@@ -171,3 +171,8 @@ def test_data_of_another_set_is_refused(tmp_path, run, recorded):
 def test_a_folder_that_is_no_history(tmp_path, run):
     result = run("lim", "--history", tmp_path, "--output", tmp_path / "out")
     assert "is no reward history" in str(result.exception)
+
+
+def test_a_folder_of_runs_names_them(tmp_path, run, recorded):
+    result = run("lim", "--history", recorded.parent, "--output", tmp_path / "out")
+    assert f"holds 1 runs: name one of {recorded}" in str(result.exception)

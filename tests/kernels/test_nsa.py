@@ -152,7 +152,7 @@ def test_chunks_of_queries_change_nothing(definition, monkeypatch):
     torch.testing.assert_close(run(x, SMALL, "torch"), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_chunks_of_pairs_change_nothing(definition, monkeypatch):
+def test_triton_chunks_of_pairs_change_nothing(definition, monkeypatch):
     from plumbline.kernels.nsa.triton_backend import launch, scores
 
     x = definition.make_inputs([100, 61], 2, 1, 16, 16, SMALL, seed=8)
@@ -219,3 +219,28 @@ def test_bad_arguments_are_named(change, message):
 def test_bad_config_is_named(sizes, message):
     with pytest.raises(ValueError, match=message):
         NSAConfig(**{"stride": 4, "block": 8, "select_block": 8, **sizes})
+
+
+def test_triton_tiles_through_descriptors(definition, monkeypatch):
+    """What bfloat16 uses on a GPU: tensor descriptors instead of pointers, here in float32 under the interpreter."""
+    from dataclasses import replace
+
+    from plumbline.kernels.nsa.triton_backend import launch
+
+    used = []
+
+    def count(make):
+        def wrapped(*arguments):
+            used.append(make(*arguments))
+            return used[-1]
+
+        return wrapped
+
+    for name in ("forward_tiles", "query_tiles", "key_tiles"):
+        plain = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda x, group, plain=plain: replace(plain(x, group), tma=True))
+    for name in ("key_descriptor", "query_descriptor"):
+        monkeypatch.setattr(launch, name, count(getattr(launch, name)))
+    check(definition, ([45, 0, 21], 4, 2, 16, 12, SMALL), "triton", 1e-5, seed=11)
+    assert used
+    assert all(used)

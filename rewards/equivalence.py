@@ -322,7 +322,9 @@ class Comparison:
         if value_a is not None and value_g is not None:
             name_a, name_g = _assigned_name(a), _assigned_name(g)
             if name_a == name_g or {_plain_name(name_a), _plain_name(name_g)} in ({"y", "f(x)"}, {"y"}, {"f(x)"}):
-                return self.answers(value_a, value_g)
+                truth = self.answers(value_a, value_g)
+                if truth is not False or name_a != name_g:
+                    return truth
             if _wordy_name(name_a) or _wordy_name(name_g):
                 return self.answers(value_a, value_g)
         for candidate in (a, _flipped(a)):
@@ -458,6 +460,8 @@ def _pieces(answer: Answer) -> list[Piece] | None:
                 out = _without(out, hole.node)
         return out
     if isinstance(answer, Relation):
+        if answer.ops == ("in",) and answer.names[0]:
+            return _pieces(answer.sides[1])
         return _solutions(answer)
     if isinstance(answer, Many):
         if answer.braced and all(isinstance(item, Expr) for item in answer.items):

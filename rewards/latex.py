@@ -52,13 +52,14 @@ _SAME = {
     "\\sim": "\\approx", "\\simeq": "\\approx", "\\to": "\\rightarrow", "\\implies": "\\Rightarrow", "\\lVert": "\\|", "\\rVert": "\\|",
 }  # fmt: skip
 _TEXT = {"\\text", "\\textbf", "\\textit", "\\textrm", "\\textnormal", "\\textsf", "\\texttt", "\\mbox", "\\mathrm", "\\operatorname", "\\hbox", "\\emph", "\\textsc", "\\textup", "\\mathsf", "\\unit"}  # fmt: skip
+_SIGNS = {"cis", "\\euro", "\\dollar", "\\pounds", "\\yen", "%", "\\%"}
 _FONT = {"\\mathbf", "\\boldsymbol", "\\mathit", "\\bm", "\\vec", "\\hat", "\\mathcal", "\\boxed", "\\fbox", "\\underline", "\\overrightarrow", "\\ensuremath"}  # fmt: skip
 _SCAN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:!> ]|\\\n)+)"
     r"|(?P<rep>[0-9]*\.[0-9]*(?:\\overline|\\bar)\s?(?:\{[0-9]+\}|[0-9])(?:\s?(?:\.\.\.|\\l?dots|\\cdots))?"
     r"|[0-9]*\.[0-9]*\\dot\s?(?:\{[0-9]\}|[0-9])(?:[0-9]*\\dot\s?(?:\{[0-9]\}|[0-9]))?"
     r"|[0-9]*\.[0-9]*\([0-9]+\)|[0-9]*\.[0-9]+\s?(?:\.\.\.|\\l?dots|\\cdots))"
-    r"|(?P<sci>[0-9]+\.[0-9]+[eE][-+]?[0-9]+(?![.0-9])|[0-9]+E[-+]?[0-9]+(?![.0-9])|[0-9]+e\+?[0-9]+(?![.0-9]))"
+    r"|(?P<sci>[0-9]+\.[0-9]+[eE][-+]?[0-9]+(?![.0-9])|^[0-9]+e-[0-9]+$|[0-9]+E[-+]?[0-9]+(?![.0-9])|[0-9]+e\+?[0-9]+(?![.0-9]))"
     r"|(?P<num>[0-9]+(?:\{,\}[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
     r"|(?P<cmd>\\[A-Za-z]+|\\.)"
     r"|(?P<char>\*\*|<=|>=|!=|.)",
@@ -122,7 +123,7 @@ def tokenize(text: str) -> list[Token]:
             name = _SAME.get(value, value)
             if value in _TEXT or value in _FONT:
                 inner, position = _braced(text, position)
-                if value in _FONT or (value in ("\\mathrm", "\\operatorname") and (len(inner) == 1 or inner in FUNCTIONS)):
+                if value in _FONT or (value in ("\\mathrm", "\\operatorname") and (len(inner) == 1 or inner in FUNCTIONS)) or inner.strip() in _SIGNS:
                     tokens.extend(_inner(inner, spaced))
                 else:
                     tokens.append(Token("t", inner, spaced))
@@ -144,8 +145,8 @@ FUNCTIONS = {
 
 
 def _inner(inner: str, spaced: bool) -> list[Token]:
-    if inner in FUNCTIONS:
-        return [Token("c", "\\" + inner, spaced)]
+    if inner.strip() in FUNCTIONS:
+        return [Token("c", "\\" + inner.strip(), spaced)]
     got = tokenize(inner)
     return [got[0]._replace(spaced=spaced), *got[1:]] if got else []
 

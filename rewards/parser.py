@@ -88,7 +88,7 @@ class _Parser:
                 value = ("div", value, self.signed_factor())
             elif self.starts_factor():
                 last, following = self.tokens[self.at - 1], self.tokens[self.at]
-                if following.kind == "n" and (last.kind == "n" or last.value.isalpha() and not following.spaced):
+                if following.kind == "n" and (last.kind == "n" or (last.value.isalpha() and last.value != "i" and not following.spaced)):
                     # "2 3" is no product, and neither is "x2".
                     raise Unreadable("a number where none can stand")
                 value = ("mul", value, self.factor())

@@ -124,7 +124,7 @@ _SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
 _THOUSANDS = re.compile(r"[-+]?(?:\\dollar\s?)?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _NAME = re.compile(
     r"^(?:m?\\angle ?)?(?:\\(?:overline|triangle|vec|hat|mathbf|mathrm|widehat|mathcal)\{?)?(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho|tau|varphi|epsilon|ell|Delta|Omega))\}?'*"
-    r"(?:_(?:\{[^{}]{1,12}\}|[A-Za-z0-9]))?'*(?:\^\{-1\})?(?:\([A-Za-z0-9,. ]{1,12}\))?$"
+    r"(?:_(?:\{[^{}]{1,12}\}|[A-Za-z0-9]))?'*(?:(?:\^\{-1\})?\([A-Za-z0-9,. ]{1,12}\))?$"
     r"|^(?:m?\\angle ?)?[A-Z]{1,4}$|^\\(?:overline|triangle)\{?[A-Z]{2,4}\}?$|^P\([A-Za-z ]{1,20}\)$|^\\text\{[A-Za-z .]{1,40}\}$|^[A-Za-z]{4,20}(?: [A-Za-z]{1,20}){0,4}$"
 )
 _NAME_TUPLE = re.compile(r"^\( ?[A-Za-z](?:_\{?[0-9a-z]\}?)?(?: ?, ?[A-Za-z](?:_\{?[0-9a-z]\}?)?)+ ?\)$")
@@ -139,6 +139,7 @@ _SYNONYMS = {
 
 def words_of(text: str) -> str:
     """The text without \\text and the like, braces, repeated spaces and a final full stop; lower case."""
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = _SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip().strip("\"'`“”").strip()
     return text.rstrip(".").strip().lower()
 
@@ -185,6 +186,8 @@ class _Reader:
         if not wordy:
             return None
         plain = words_of(text)
+        if self.text in ("\\{\\}", "\\{ \\}"):
+            return Words("\\emptyset")
         if plain in _REALS:
             return Reals()
         plain = _SYNONYMS.get(plain, plain)
@@ -280,10 +283,10 @@ class _Reader:
 
     def listed(self, tokens: list[Token], commas: list[int], text: str) -> Answer:
         pieces = _split(tokens, commas)
-        if any(not piece for piece in pieces):
-            pieces = [piece for piece in pieces if piece]
-        if len(pieces) == 1:
-            return self.from_tokens(pieces[0])
+        # ", and" are two separators in a row; a list begins and ends with an item
+        if not pieces[0] or not pieces[-1]:
+            raise Unreadable("a list with an item missing")
+        pieces = [piece for piece in pieces if piece]
         items: list[Answer] = []
         for piece in pieces:
             item = _Reader("", self.depth + 1).from_tokens(piece)
@@ -337,6 +340,8 @@ class _Reader:
             return Ratio(tuple(parse(p) for p in _split(tokens, colons)))
         if "".join(t.value for t in tokens) in ("\\mathbb{R}", "\\mathbbR", "\\reals"):
             return Reals()
+        if tokens[0].value in "([" and tokens[-1].value in ")]" and len(tokens) > 3 and tokens[1].value == "\\begin":
+            tokens = tokens[1:-1]
         if tokens[0].value == "\\begin" or (tokens[-1].value == "}" and any(t.value == "\\end" for t in tokens)):
             matrix = self.matrix(tokens)
             if matrix is not None:
@@ -390,6 +395,10 @@ class _Reader:
 
     def bracketed(self, tokens: list[Token]) -> Answer | None:
         """(a, b), [a, b), {a, b}, <a, b>: one bracket around the whole, with separators in it."""
+        if len(tokens) > 4 and tokens[0].kind == "x" and tokens[0].value.isupper() and tokens[1].value == "(":
+            tokens = tokens[1:]  # A(3,4): a point with its name
+            if not any(t.value == "," and d == 1 for t, d in zip(tokens, _depths(tokens), strict=True)):
+                return None
         first, last = tokens[0].value, tokens[-1].value
         if tokens[0].kind == "t" or first not in ("(", "[", "\\{", "\\langle", "]", "\\lbrace"):
             return None
@@ -508,7 +517,7 @@ def _clock(match: re.Match[str], plain: str) -> Answer:
 
 
 def _unwrap_braces(tokens: list[Token]) -> list[Token]:
-    while len(tokens) > 2 and tokens[0].value == "{" and tokens[-1].value == "}" and all(d >= 0 for d in _depths(tokens[1:-1])):
+    while len(tokens) > 2 and not any(t.value in ("\\over", "\\choose") for t in tokens) and tokens[0].value == "{" and tokens[-1].value == "}" and all(d >= 0 for d in _depths(tokens[1:-1])):
         tokens = tokens[1:-1]
     return tokens
 

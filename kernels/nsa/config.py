@@ -88,6 +88,8 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
             raise ValueError(f"{name} must be packed [tokens, heads, dim], got {list(tensor.shape)}")
         if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and q {q.dtype}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, no multiple of k's {k.shape[1]}")
     if k.shape[1] != v.shape[1]:

@@ -186,6 +186,7 @@ def test_triton_equals_itself_bit_for_bit(definition):
         ({"q": (10, 3, 16)}, "q has 3 heads"),
         ({"k": (10, 2, 8)}, "head dim"),
         ({"k": (9, 2, 16)}, "rows"),
+        ({"dtype": torch.bfloat16}, "k is torch.bfloat16 and q torch.float32"),
         ({"window": 0}, "window"),
         ({"backend": "cuda"}, "backend"),
         ({"scale": -1.0}, "scale"),

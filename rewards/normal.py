@@ -22,7 +22,7 @@ Value = tuple[Poly, Poly]
 ONE: Mono = ()
 HALF = Fraction(1, 2)
 MAX_TERMS = 300
-MAX_WORK = 20_000
+MAX_WORK = 8_000
 MAX_BITS = 20_000
 MAX_FACTORIAL = 3000
 MAX_POWER = 40
@@ -95,8 +95,10 @@ class Normaliser:
         for m1, c1 in a.items():
             for m2, c2 in b.items():
                 coefficient = c1 * c2
-                if _bits(coefficient) > MAX_BITS:
+                bits = _bits(coefficient)
+                if bits > MAX_BITS:
                     raise TooHard("large number")
+                self.spend(bits >> 8)
                 if not m1 or not m2:
                     pieces: Poly = {m1 or m2: coefficient}
                 else:

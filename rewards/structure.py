@@ -155,7 +155,7 @@ def read(text: str, depth: int = 0) -> Answer:
     text = tidy(text)
     try:
         return _Reader(text, depth).answer()
-    except (Unreadable, RecursionError, ValueError, ZeroDivisionError):
+    except (Unreadable, RecursionError, ValueError, ZeroDivisionError, IndexError):
         return Words(words_of(text))
 
 
@@ -357,9 +357,11 @@ class _Reader:
         return self.scalar(tokens)
 
     def matrix(self, tokens: list[Token]) -> Answer | None:
-        start = next(i for i, t in enumerate(tokens) if t.value == "\\begin")
+        start = next((i for i, t in enumerate(tokens) if t.value == "\\begin"), None)
+        if start is None:
+            return None
         kind, at = _environment(tokens, start)
-        stop = max(i for i, t in enumerate(tokens) if t.value == "\\end")
+        stop = max((i for i, t in enumerate(tokens) if t.value == "\\end"), default=0)
         if kind not in _MATRICES or _environment(tokens, stop) != (kind, len(tokens)):
             return None
         if kind == "array" and at < stop and tokens[at].value == "{":

@@ -1,0 +1,107 @@
+"""The reward-checking stage finds planted faults, and is quiet about a sound run."""
+
+import json
+from random import Random
+
+import pytest
+
+from plumbline.rewards.checking.checker import RewardChecker, Thresholds
+from plumbline.rewards.checking.detectors import boxed_question, diverging, length_drift
+from plumbline.rewards.checking.report import check_run, read_completions
+
+WORK = "We add the two numbers with care, and carry where it is needed. "
+
+
+def rows(step, *, any_box=False, wrong_golds=0.0, boxes=1, accuracy=0.6, samples=40, rollouts=4):
+    random = Random(step)
+    out = []
+    for number in range(samples):
+        right = number * 7 + 3
+        gold = right + 1 if number < wrong_golds * samples else right
+        for rollout in range(rollouts):
+            answer = right if random.random() < accuracy or number < wrong_golds * samples else right + 2 + rollout
+            text = WORK + " ".join(f"\\boxed{{{answer + extra}}}" for extra in range(boxes - 1, -1, -1))
+            correct = True if any_box else answer == gold
+            out.append({"step": step, "sample_id": f"s{number}", "rollout": rollout, "prompt": f"What is {right - 1} plus 1?", "response": text,
+                        "gold": str(gold), "reward": float(correct), "correct": correct, "reason": "correct" if correct else "wrong", "tokens": 30,
+                        "truncated": False})  # fmt: skip
+    return out
+
+
+@pytest.fixture()
+def checker():
+    with RewardChecker(share=0.25, timeout=20.0) as made:
+        yield made
+
+
+def test_a_sound_run_is_ok(checker):
+    report = checker.check(1, rows(1))
+    assert report.decision == "ok", report.reasons
+    assert report.counters["check/regraded"] > 10
+    assert not checker.quarantined
+
+
+def test_a_grader_that_accepts_any_box_stops_the_run(checker):
+    report = checker.check(1, rows(1, any_box=True, accuracy=0.3))
+    assert report.decision == "stop"
+    assert any("second checker holds wrong" in reason for reason in report.reasons)
+    assert {case.kind for case in checker.cases} >= {"false_reward"}
+
+
+def test_a_policy_that_boxes_five_answers_is_seen(checker):
+    report = checker.check(1, rows(1, boxes=5))
+    assert report.decision == "warn"
+    assert any("many boxes" in reason for reason in report.reasons)
+    assert report.counters["check/detector_many_boxes"] == 160
+
+
+def test_wrong_golds_are_found_and_quarantined(checker):
+    report = checker.check(1, rows(1, wrong_golds=0.05))
+    assert sorted(checker.suspected_golds()) == ["s0", "s1"]
+    assert report.quarantined == ["s0", "s1"]
+    assert report.decision == "warn"
+
+
+def test_faults_of_grading_count(checker):
+    bad = [{**row, "reason": "timeout", "correct": False} for row in rows(1)]
+    report = checker.check(1, bad)
+    assert report.decision == "stop"
+    assert report.counters["check/fault_timeout"] == 160
+
+
+def test_drifts():
+    assert diverging([0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.3, 0.2])
+    assert not diverging([0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5])
+    assert length_drift([10, 10, 20, 25])
+    assert not length_drift([10, 11, 10, 11])
+    question = "How many apples does Mary have if she buys three more apples today?"
+    assert boxed_question(question, f"\\boxed{{{question}}}")
+    assert not boxed_question(question, "\\boxed{12}")
+
+
+def test_a_finished_run(tmp_path, checker):
+    folder = tmp_path / "run" / "completions"
+    folder.mkdir(parents=True)
+    for step in (1, 2):
+        (folder / f"{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(step, any_box=True, accuracy=0.3)))
+    summary = check_run(tmp_path / "run", tmp_path / "out", checker)
+    assert summary["decision"] == "stop"
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["totals"]["completions"] == 320
+    page = (tmp_path / "out" / "check.html").read_text()
+    assert "STOP" in page
+    assert "false reward" in page
+    assert len(page) < 200_000
+
+
+def test_bad_input(tmp_path, checker):
+    with pytest.raises(FileNotFoundError, match="no completions"):
+        list(read_completions(tmp_path))
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "completions" / "a.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1"):
+        list(read_completions(tmp_path))
+    with pytest.raises(ValueError, match="lacks"):
+        checker.check(1, [{"sample_id": "a"}])
+    with pytest.raises(ValueError, match="share"):
+        RewardChecker(share=0)
+    assert Thresholds().minimum > 0

@@ -196,7 +196,7 @@ def test_triton_equals_itself_bit_for_bit(definition):
 def test_bad_arguments_are_named(change, message):
     q, k, v = (
         torch.randn(change.get("q", (10, 4, 16))),
-        torch.randn(change.get("k", (10, 2, 16))),
+        torch.randn(change.get("k", (10, 2, 16)), dtype=change.get("dtype")),
         torch.randn(10, 2, 16),
     )
     options = {

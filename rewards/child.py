@@ -60,7 +60,7 @@ def main() -> None:
     os.dup2(2, 1)
     second_opinion = sys.argv[2:] == ["second"]
     if second_opinion:
-        import plumbline.rewards.checking.second  # noqa: F401
+        import plumbline.rewards.checking.second
     else:
         import plumbline.rewards.deep
         import plumbline.rewards.equivalence  # noqa: F401

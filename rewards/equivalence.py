@@ -181,7 +181,11 @@ class Comparison:
         """x = 1, y = 2 against (1, 2): a point given by its coordinates' names."""
         many, other = (a, g) if isinstance(a, Many) else (g, a)
         assert isinstance(many, Many)
-        if isinstance(other, Ordered) and len(other.items) == len(many.items) and (other.opening, other.closing) == ("(", ")"):
+        if (
+            isinstance(other, Ordered)
+            and len(other.items) == len(many.items)
+            and (other.opening, other.closing) == ("(", ")")
+        ):
             named: dict[str, Answer] = {}
             for item in many.items:
                 if isinstance(item, Relation) and item.ops == ("=",) and item.names[0] and len(item.names[0]) == 1:
@@ -200,7 +204,11 @@ class Comparison:
     def vectors(self, a: Matrix | Ordered, g: Matrix | Ordered) -> Truth:
         """A column against a point in round brackets."""
         matrix, point = (a, g) if isinstance(a, Matrix) else (g, a)
-        if not isinstance(matrix, Matrix) or not isinstance(point, Ordered) or (point.opening, point.closing) != ("(", ")"):
+        if (
+            not isinstance(matrix, Matrix)
+            or not isinstance(point, Ordered)
+            or (point.opening, point.closing) != ("(", ")")
+        ):
             return False
         if matrix.kind != "matrix" or any(len(row) != 1 for row in matrix.rows) or len(matrix.rows) != len(point.items):
             return False
@@ -219,22 +227,34 @@ class Comparison:
     def ratios(self, a: Answer, g: Answer) -> Truth:
         if isinstance(a, Ratio) and isinstance(g, Ratio):
             if a.clock and g.clock:
-                if a.half and g.half or not (a.half or g.half):
+                if (a.half and g.half) or not (a.half or g.half):
                     return a.clock == g.clock
                 # one side says a.m. or p.m., the other a 24-hour or a bare 12-hour time
                 bare, marked = (g, a) if a.half else (a, g)
                 assert bare.clock and marked.clock
                 hour, minute = marked.clock
-                return bare.clock[1] == minute and bare.clock[0] in (hour, hour - 12 if hour > 12 else 12 if hour == 0 else hour)
+                return bare.clock[1] == minute and bare.clock[0] in (
+                    hour,
+                    hour - 12 if hour > 12 else 12 if hour == 0 else hour,
+                )
             if bool(a.half) or bool(g.half) or len(a.parts) != len(g.parts):
                 return False
             if g.clock:
                 return all_of(self.equal(x, y) for x, y in zip(a.parts, g.parts, strict=True))
             first = (a.parts[0], g.parts[0])
-            return all_of(self.equal(("mul", x, first[1]), ("mul", y, first[0])) for x, y in zip(a.parts[1:], g.parts[1:], strict=True))
+            return all_of(
+                self.equal(("mul", x, first[1]), ("mul", y, first[0]))
+                for x, y in zip(a.parts[1:], g.parts[1:], strict=True)
+            )
         ratio, other = (a, g) if isinstance(a, Ratio) else (g, a)
         assert isinstance(ratio, Ratio)
-        if isinstance(other, Expr) and other.unit is None and not ratio.half and len(ratio.parts) == 2 and other.node[0] == "div":
+        if (
+            isinstance(other, Expr)
+            and other.unit is None
+            and not ratio.half
+            and len(ratio.parts) == 2
+            and other.node[0] == "div"
+        ):
             return self.equal(("div", *ratio.parts), other.node)
         return False
 
@@ -309,7 +329,7 @@ class Comparison:
             direct = self.two_relations(a, g)
             if direct is not False:
                 return direct
-            return True if self.sets(a, g) is True else False
+            return self.sets(a, g) is True
         relation, other = (a, g) if isinstance(a, Relation) else (g, a)
         assert isinstance(relation, Relation)
         value = _assigned_value(relation)
@@ -346,7 +366,9 @@ class Comparison:
             nodes[2], nodes[3], op_g = nodes[3], nodes[2], op_g.replace(">", "<")
         if op_a != op_g or op_a not in ("=", "<", "<=", "!="):
             return False
-        return self.proportional(("add", nodes[0], ("neg", nodes[1])), ("add", nodes[2], ("neg", nodes[3])), directed=op_a[0] == "<")
+        return self.proportional(
+            ("add", nodes[0], ("neg", nodes[1])), ("add", nodes[2], ("neg", nodes[3])), directed=op_a[0] == "<"
+        )
 
     def proportional(self, f: Node, h: Node, *, directed: bool) -> Truth:
         """Whether f = c h for a constant c (positive where `directed`), or f and h have proportional numerators."""
@@ -517,7 +539,9 @@ def _solutions(relation: Relation) -> list[Piece] | None:
         low, high = others if relation.ops[0][0] == "<" else others[::-1]
         low_op, high_op = relation.ops if relation.ops[0][0] == "<" else relation.ops[::-1]
         low_node, high_node = (s.node if isinstance(s, Expr) else None for s in (low, high))
-        piece = Piece(low_node, "=" in low_op and low_node is not None, high_node, "=" in high_op and high_node is not None)
+        piece = Piece(
+            low_node, "=" in low_op and low_node is not None, high_node, "=" in high_op and high_node is not None
+        )
         return [piece] if piece.at[0] <= piece.at[1] else None
     return None
 
@@ -617,7 +641,7 @@ def _plain_name(name: str) -> str:
 
 
 def _wordy_name(name: str) -> bool:
-    return "\\text" in name or len(name) >= 4 and name.replace(" ", "").isalpha()
+    return "\\text" in name or (len(name) >= 4 and name.replace(" ", "").isalpha())
 
 
 def _flipped(relation: Relation) -> Relation:
@@ -649,5 +673,3 @@ def _numerator(value: Value, directed: bool) -> dict:
             exponents[atom] = exponents.get(atom, Fraction(0)) - e
         out[tuple(sorted((atom, e) for atom, e in exponents.items() if e))] = c
     return out
-
-

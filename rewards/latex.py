@@ -123,7 +123,11 @@ def tokenize(text: str) -> list[Token]:
             name = _SAME.get(value, value)
             if value in _TEXT or value in _FONT:
                 inner, position = _braced(text, position)
-                if value in _FONT or (value in ("\\mathrm", "\\operatorname") and (len(inner) == 1 or inner in FUNCTIONS)) or inner.strip() in _SIGNS:
+                if (
+                    value in _FONT
+                    or (value in ("\\mathrm", "\\operatorname") and (len(inner) == 1 or inner in FUNCTIONS))
+                    or inner.strip() in _SIGNS
+                ):
                     tokens.extend(_inner(inner, spaced))
                 else:
                     tokens.append(Token("t", inner, spaced))
@@ -204,4 +208,7 @@ def _periodic(whole: str, head: str, period: str) -> Fraction:
     if not period or len(whole) + len(head) + len(period) > MAX_DIGITS:
         raise Unreadable("repeating decimal")
     scale = 10 ** len(head)
-    return Fraction(int(whole or "0")) + (Fraction(int(head or "0")) + Fraction(int(period), 10 ** len(period) - 1)) / scale
+    return (
+        Fraction(int(whole or "0"))
+        + (Fraction(int(head or "0")) + Fraction(int(period), 10 ** len(period) - 1)) / scale
+    )

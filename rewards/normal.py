@@ -78,7 +78,7 @@ class Normaliser:
         for mono, c in b.items():
             total = out.get(mono, 0) + c
             if total:
-                out[mono] = total  # type: ignore[assignment]
+                out[mono] = total
             else:
                 out.pop(mono, None)
         if len(out) > MAX_TERMS:
@@ -109,7 +109,7 @@ class Normaliser:
                 for mono, c in pieces.items():
                     total = out.get(mono, 0) + c
                     if total:
-                        out[mono] = total  # type: ignore[assignment]
+                        out[mono] = total
                     else:
                         out.pop(mono, None)
         if len(out) > MAX_TERMS:
@@ -250,7 +250,10 @@ class Normaliser:
                 return base
             raise TooHard("division by zero")
         if bottom != {ONE: 1}:
-            return self.div(self.root_power((top, {ONE: Fraction(1)}), number), self.root_power((bottom, {ONE: Fraction(1)}), number))
+            return self.div(
+                self.root_power((top, {ONE: Fraction(1)}), number),
+                self.root_power((bottom, {ONE: Fraction(1)}), number),
+            )
         even = number.denominator % 2 == 0
         if len(top) == 1:
             ((mono, c),) = top.items()
@@ -259,7 +262,9 @@ class Normaliser:
                 if even:
                     if number.denominator != 2:
                         raise TooHard("root of a negative number")
-                    unit = self.whole_power(({(("i", Fraction(1)),): Fraction(1)}, {ONE: Fraction(1)}), number.numerator)
+                    unit = self.whole_power(
+                        ({(("i", Fraction(1)),): Fraction(1)}, {ONE: Fraction(1)}), number.numerator
+                    )
                 elif number.numerator % 2:
                     unit = constant(-1)
                 c = -c
@@ -278,7 +283,7 @@ class Normaliser:
         atom = f"({key(primitive)})"
         self.bases[atom] = primitive
         whole = number.numerator // number.denominator
-        rest = ({((atom, number - whole),): Fraction(1)}, {ONE: Fraction(1)})
+        rest: Value = ({((atom, number - whole),): Fraction(1)}, {ONE: Fraction(1)})
         value = self.mul(self.root_power(constant(content), number), rest)
         return self.mul(value, self.whole_power((primitive, {ONE: Fraction(1)}), whole)) if whole else value
 
@@ -322,8 +327,8 @@ class Normaliser:
             if c == -1:
                 exponents[f"g:-1^{name}"] = k
             elif c != 1:
-                for prime, e in factor(c):
-                    exponents[f"g:{prime}^{name}"] = e * k
+                for prime, times in factor(c):
+                    exponents[f"g:{prime}^{name}"] = times * k
             out = self.mul(out, ({tuple(sorted(exponents.items())): Fraction(1)}, {ONE: Fraction(1)}))
         return out
 
@@ -378,7 +383,14 @@ class Normaliser:
             if name == "cis":
                 return self.add(cos, self.mul(self.imaginary(), sin))
             one = constant(1)
-            pair = {"sin": (sin, one), "cos": (cos, one), "tan": (sin, cos), "cot": (cos, sin), "sec": (one, cos), "csc": (one, sin)}[name]
+            pair = {
+                "sin": (sin, one),
+                "cos": (cos, one),
+                "tan": (sin, cos),
+                "cot": (cos, sin),
+                "sec": (one, cos),
+                "csc": (one, sin),
+            }[name]
             return self.div(*pair)
         if name in ("ln", "log"):
             if len(arguments) == 2:
@@ -396,7 +408,12 @@ class Normaliser:
             return self.opaque("factorial", x)
         if name == "binomial":
             k = rational(arguments[1])
-            if number is not None and k is not None and number.denominator == k.denominator == 1 and 0 <= k <= number <= MAX_FACTORIAL:
+            if (
+                number is not None
+                and k is not None
+                and number.denominator == k.denominator == 1
+                and 0 <= k <= number <= MAX_FACTORIAL
+            ):
                 top = number.numerator
                 return constant(_factorial(top) // (_factorial(k.numerator) * _factorial(top - k.numerator)))
             return self.opaque("binomial", *arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 from plumbline.rewards.latex import FUNCTIONS, Token, Unreadable
 
@@ -20,10 +21,25 @@ _GREEK = {
 }  # fmt: skip
 _ALIAS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc"}
-_PAIRS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\lvert": "\\rvert", "\\langle": "\\rangle"}
+_PAIRS = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    "\\{": "\\}",
+    "\\lfloor": "\\rfloor",
+    "\\lceil": "\\rceil",
+    "\\lvert": "\\rvert",
+    "\\langle": "\\rangle",
+}
 # Bare words that are not products of letters.
 _WORDS = {"pi": ("const", "pi"), "infinity": ("const", "inf"), "inf": ("const", "inf"), "oo": ("const", "inf")}
-_BARE_FUNCTIONS = {*FUNCTIONS, "binom", "floor", "ceil", "asin", "acos", "atan", "cbrt"} - {"Re", "Im", "mod", "det", "cis"}
+_BARE_FUNCTIONS = {*FUNCTIONS, "binom", "floor", "ceil", "asin", "acos", "atan", "cbrt"} - {
+    "Re",
+    "Im",
+    "mod",
+    "det",
+    "cis",
+}
 
 
 def parse(tokens: list[Token]) -> Node:
@@ -88,7 +104,9 @@ class _Parser:
                 value = ("div", value, self.signed_factor())
             elif self.starts_factor():
                 last, following = self.tokens[self.at - 1], self.tokens[self.at]
-                if following.kind == "n" and (last.kind == "n" or (last.value.isalpha() and last.value != "i" and not following.spaced)):
+                if following.kind == "n" and (
+                    last.kind == "n" or (last.value.isalpha() and last.value != "i" and not following.spaced)
+                ):
                     # "2 3" is no product, and neither is "x2".
                     raise Unreadable("a number where none can stand")
                 value = ("mul", value, self.factor())
@@ -136,7 +154,7 @@ class _Parser:
                     continue
                 exponent = self.argument()
                 if self.see("^"):  # 2^3^2 is 2^(3^2)
-                    exponent = self.nested(lambda inner=exponent: self.postfix(inner))
+                    exponent = self.nested(partial(self.postfix, exponent))
                 value = ("pow", value, exponent)
             elif self.see("\\degree"):
                 self.at += 1
@@ -220,7 +238,13 @@ class _Parser:
         # 1 234 567: groups of three digits set apart by spaces
         if len(token.value) <= 3 and token.value != "0" and following.kind == "n" and following.spaced:
             at, digits = self.at, token.value
-            while (t := self.peek()) is not None and t.kind == "n" and t.spaced and len(t.value) == 3 and t.value.isdigit():
+            while (
+                (t := self.peek()) is not None
+                and t.kind == "n"
+                and t.spaced
+                and len(t.value) == 3
+                and t.value.isdigit()
+            ):
                 digits += t.value
                 self.at += 1
             if self.at > at and not self.see("/"):
@@ -236,7 +260,13 @@ class _Parser:
             self.at, self.tokens = start, tokens
         elif following.kind == "n" and following.spaced and following.value.isdigit():
             slash, bottom = self.peek(1), self.peek(2)
-            if slash is not None and slash.value == "/" and bottom is not None and bottom.kind == "n" and bottom.value.isdigit():
+            if (
+                slash is not None
+                and slash.value == "/"
+                and bottom is not None
+                and bottom.kind == "n"
+                and bottom.value.isdigit()
+            ):
                 top, low = int(following.value), int(bottom.value)
                 if top < low:
                     self.at += 3
@@ -421,7 +451,11 @@ class _Parser:
         value = self.factor()
         while self.starts_factor():
             token = self.tokens[self.at]
-            if (token.kind == "c" and token.value[1:] in FUNCTIONS and token.value != "\\sqrt") or token.value == "|" or token.value == "(":
+            if (
+                (token.kind == "c" and token.value[1:] in FUNCTIONS and token.value != "\\sqrt")
+                or token.value == "|"
+                or token.value == "("
+            ):
                 break
             value = ("mul", value, self.factor())
         return value

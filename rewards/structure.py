@@ -110,14 +110,16 @@ _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": 
 _OPEN = {"(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "\\lvert", "\\begin"}
 _CLOSE = {")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\rvert", "\\end"}
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "Vmatrix")
-_CLOCK = re.compile(r"^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)\s*([ap])\.?\s?m\.?$|^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)$|^([0-9]{1,2})\s*([ap])\.?\s?m\.?$")
+_CLOCK = re.compile(
+    r"^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)\s*([ap])\.?\s?m\.?$|^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)$|^([0-9]{1,2})\s*([ap])\.?\s?m\.?$"
+)
 _CHOICE = re.compile(r"^\(?([A-J])\s*[).:]\s*(.*)$", re.DOTALL)
 _LETTER = re.compile(r"^\(?([A-Z])\)?$")
 _BASE = re.compile(
     r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_\{?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\}?$"
     r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) (?:\(?in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)$"
 )
-_NUMBER_WORDS = {w: n for n, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split())}  # fmt: skip
+_NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"])}  # fmt: skip
 _UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox)(?![A-Za-z])")  # fmt: skip
 _WHOLE_TEXT = re.compile(r"^\\(?:text|textbf|mathrm|mbox|textrm|textit|textnormal)\s?\{([^{}]*)\}$")
 _SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
@@ -205,7 +207,9 @@ class _Reader:
             base = self.base_numeral()
             if base is not None:
                 return base
-        cased = _SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip() if "\\" in text else text
+        cased = (
+            _SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip() if "\\" in text else text
+        )
         choice = _CHOICE.match(cased)
         if choice and not re.match(r"^\(?[A-J]\)\s*[-+*/^=,(]", cased):
             rest = self.after_choice(text)
@@ -217,7 +221,11 @@ class _Reader:
         return None
 
     def after_choice(self, text: str) -> str:
-        inner = re.match(r"^\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{\s*\(?[A-J]\s*[).:]?\s*([^{}]*)\}\s*[).:]?\s*(.*)$", text, re.DOTALL)
+        inner = re.match(
+            r"^\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{\s*\(?[A-J]\s*[).:]?\s*([^{}]*)\}\s*[).:]?\s*(.*)$",
+            text,
+            re.DOTALL,
+        )
         if inner:
             return (inner.group(1) + " " + inner.group(2)).strip().strip("~").strip()
         return re.sub(r"^\(?[A-J]\s*[).:]\s*", "", text).strip()
@@ -225,7 +233,9 @@ class _Reader:
     def base_numeral(self) -> Base | None:
         if len(self.text) > 400:
             return None
-        cased = _SPACES.sub(" ", _UNWRAP.sub("", self.text.replace("{,}", ""))).replace("{", "").replace("}", "").strip()
+        cased = (
+            _SPACES.sub(" ", _UNWRAP.sub("", self.text.replace("{,}", ""))).replace("{", "").replace("}", "").strip()
+        )
         match = _BASE.match(cased)
         if not match:
             return None
@@ -242,9 +252,10 @@ class _Reader:
     def from_tokens(self, tokens: list[Token], text: str = "") -> Answer:
         if not tokens:
             raise Unreadable("empty")
-        tokens = self.expand_signs(tokens)
-        if isinstance(tokens, Many):
-            return tokens
+        expanded = self.expand_signs(tokens)
+        if isinstance(expanded, Many):
+            return expanded
+        tokens = expanded
         depth = _depths(tokens)
         relation = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.kind != "t" and t.value in _RELATIONS]
         commas = [i for i, t in enumerate(tokens) if depth[i] == 0 and _separates(t)]
@@ -259,17 +270,28 @@ class _Reader:
     def expand_signs(self, tokens: list[Token]) -> list[Token] | Many:
         """a \\pm b as the list of its values."""
         spots = [i for i, t in enumerate(tokens) if t.value in ("\\pm", "\\mp") and t.kind == "c"]
-        plus_slash = [i for i in range(len(tokens) - 2) if tokens[i].value == "+" and tokens[i + 1].value == "/" and tokens[i + 2].value == "-"]
+        plus_slash = [
+            i
+            for i in range(len(tokens) - 2)
+            if tokens[i].value == "+" and tokens[i + 1].value == "/" and tokens[i + 2].value == "-"
+        ]
         if plus_slash:
             i = plus_slash[0]
             return self.expand_signs([*tokens[:i], Token("c", "\\pm", False), *tokens[i + 3 :]])
         if not spots:
             return tokens
-        if any(_separates(t) and d == 0 for t, d in zip(tokens, _depths(tokens), strict=True)) or 2 ** len(spots) > MAX_VARIANTS:
+        if (
+            any(_separates(t) and d == 0 for t, d in zip(tokens, _depths(tokens), strict=True))
+            or 2 ** len(spots) > MAX_VARIANTS
+        ):
             if len(spots) > 4:
                 raise Unreadable("too many signs")
             depth = _depths(tokens)
-            pieces = [self.from_tokens(p) for p in _split(tokens, [i for i, t in enumerate(tokens) if depth[i] == 0 and _separates(t)]) if p]
+            pieces = [
+                self.from_tokens(p)
+                for p in _split(tokens, [i for i, t in enumerate(tokens) if depth[i] == 0 and _separates(t)])
+                if p
+            ]
             return Many(tuple(item for p in pieces for item in (p.items if isinstance(p, Many) else (p,))))
         linked = any(tokens[i].value == "\\mp" for i in spots)
         variants = []
@@ -318,7 +340,9 @@ class _Reader:
             return Words("".join(t.value for t in tokens).lower())
         names = tuple(name_of(side) for side in sides)
         read_sides = tuple(
-            Words(name) if name is not None and _spelled(name) else _Reader("", self.depth + 1).unrelated(side, _depths(side))
+            Words(name)
+            if name is not None and _spelled(name)
+            else _Reader("", self.depth + 1).unrelated(side, _depths(side))
             for name, side in zip(names, sides, strict=True)
         )
         if any(isinstance(side, Many) and not side.braced for side in read_sides[:-1]):
@@ -331,7 +355,10 @@ class _Reader:
         joined = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\cup" and t.kind == "c"]
         minus = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\setminus" and t.kind == "c"]
         if len(minus) == 1:
-            whole, gone = self.unrelated(tokens[: minus[0]], depth[: minus[0]]), self.unrelated(tokens[minus[0] + 1 :], depth[minus[0] + 1 :])
+            whole, gone = (
+                self.unrelated(tokens[: minus[0]], depth[: minus[0]]),
+                self.unrelated(tokens[minus[0] + 1 :], depth[minus[0] + 1 :]),
+            )
             return Union((whole,), (gone,))
         if joined:
             return Union(tuple(_Reader("", self.depth + 1).unrelated(p, _depths(p)) for p in _split(tokens, joined)))
@@ -423,7 +450,9 @@ class _Reader:
             if len(bars) == 1 and not spots:
                 return _Reader("", self.depth + 1).from_tokens(inner[bars[0] + 1 :])
             items = [_Reader("", self.depth + 1).from_tokens(p) for p in _split(inner, spots) if p]
-            flat = [f for item in items for f in (item.items if isinstance(item, Many) and not item.braced else (item,))]
+            flat = [
+                f for item in items for f in (item.items if isinstance(item, Many) and not item.braced else (item,))
+            ]
             return Many(tuple(flat), braced=True)
         if not spots:
             return None
@@ -439,14 +468,20 @@ class _Reader:
         power = 1
         multiple = 1
         tokens = list(tokens)
-        negative = len(tokens) > 1 and tokens[0].value == "-" and tokens[1].value in ("\\dollar", "\\euro", "\\pounds", "\\yen")
+        negative = (
+            len(tokens) > 1
+            and tokens[0].value == "-"
+            and tokens[1].value in ("\\dollar", "\\euro", "\\pounds", "\\yen")
+        )
         for at in (0, 1) if negative else (0,):
             if at < len(tokens) and tokens[at].value in ("\\dollar", "\\euro", "\\pounds", "\\yen"):
                 unit = {"\\dollar": "dollar", "\\euro": "euro", "\\pounds": "gbp", "\\yen": "yen"}[tokens[at].value]
                 del tokens[at]
                 break
         if tokens and tokens[-1].value in ("\\dollar", "\\euro", "\\pounds", "\\yen", "\\cent"):
-            unit = {"\\dollar": "dollar", "\\euro": "euro", "\\pounds": "gbp", "\\yen": "yen", "\\cent": "cent"}[tokens.pop().value]
+            unit = {"\\dollar": "dollar", "\\euro": "euro", "\\pounds": "gbp", "\\yen": "yen", "\\cent": "cent"}[
+                tokens.pop().value
+            ]
         words = ""
         cut = _unit_start(tokens)
         if cut is not None:
@@ -483,12 +518,19 @@ def _is_word(tokens: list[Token]) -> bool:
     letters = "".join(t.value for t in tokens)
     if letters in ("pi", "infinity", "inf", "oo") or len(letters) < 2 or not letters[0].isalpha() or "-" in letters:
         return False
-    return letters.isupper() or (len(letters) >= 4 and list(letters) != sorted(letters)) or (len(letters) > 2 and letters[0].isupper() and letters[1:].islower())
+    return (
+        letters.isupper()
+        or (len(letters) >= 4 and list(letters) != sorted(letters))
+        or (len(letters) > 2 and letters[0].isupper() and letters[1:].islower())
+    )
 
 
 def name_of(tokens: list[Token]) -> str | None:
     """The side of a relation as text when it is a mere name: x, x_1, f(x), AB, \\angle A, (x, y), Area."""
-    text = "".join((" " if t.spaced and n else "") + (f"\\text{{{t.value.strip()}}}" if t.kind == "t" else t.value) for n, t in enumerate(tokens))
+    text = "".join(
+        (" " if t.spaced and n else "") + (f"\\text{{{t.value.strip()}}}" if t.kind == "t" else t.value)
+        for n, t in enumerate(tokens)
+    )
     if len(text) > 60:
         return None
     if _NAME.match(text) or _NAME_TUPLE.match(text):
@@ -498,7 +540,11 @@ def name_of(tokens: list[Token]) -> str | None:
 
 def _spelled(name: str) -> bool:
     """Names that are words or carry an angle sign, and so are no expression."""
-    return bool(re.search(r"\\text|\\angle|\\overline|\\triangle|\^\{-1\}|[A-Za-z]{2,}", name)) or name.startswith("(") or name.startswith("P(")
+    return (
+        bool(re.search(r"\\text|\\angle|\\overline|\\triangle|\^\{-1\}|[A-Za-z]{2,}", name))
+        or name.startswith("(")
+        or name.startswith("P(")
+    )
 
 
 def _clock(match: re.Match[str], plain: str) -> Answer:
@@ -519,7 +565,13 @@ def _clock(match: re.Match[str], plain: str) -> Answer:
 
 
 def _unwrap_braces(tokens: list[Token]) -> list[Token]:
-    while len(tokens) > 2 and not any(t.value in ("\\over", "\\choose") for t in tokens) and tokens[0].value == "{" and tokens[-1].value == "}" and all(d >= 0 for d in _depths(tokens[1:-1])):
+    while (
+        len(tokens) > 2
+        and not any(t.value in ("\\over", "\\choose") for t in tokens)
+        and tokens[0].value == "{"
+        and tokens[-1].value == "}"
+        and all(d >= 0 for d in _depths(tokens[1:-1]))
+    ):
         tokens = tokens[1:-1]
     return tokens
 
@@ -598,13 +650,22 @@ def _unit_start(tokens: list[Token]) -> int | None:
             return i
         if token.kind == "x" and token.value.isalpha() and i > 0 and token.spaced:
             end = i + 1
-            while end < len(tokens) and tokens[end].kind == "x" and tokens[end].value.isalpha() and not tokens[end].spaced:
+            while (
+                end < len(tokens) and tokens[end].kind == "x" and tokens[end].value.isalpha() and not tokens[end].spaced
+            ):
                 end += 1
             word = "".join(t.value for t in tokens[i:end])
-            if word in units.BARE or word.lower() in units.MULTIPLES or (len(word) >= 4 and word.isalpha() and tokens[i - 1].kind == "n"):
+            if (
+                word in units.BARE
+                or word.lower() in units.MULTIPLES
+                or (len(word) >= 4 and word.isalpha() and tokens[i - 1].kind == "n")
+            ):
                 return i
     tail = "".join(t.value for t in tokens[-12:] if t.kind == "x")
-    match = re.search(r"(?<![A-Za-z])(?:cm|mm|km|kg|mph|percent|degrees|inches|dollars|cents|meters|feet|miles|hours|minutes|seconds|units)$", tail)
+    match = re.search(
+        r"(?<![A-Za-z])(?:cm|mm|km|kg|mph|percent|degrees|inches|dollars|cents|meters|feet|miles|hours|minutes|seconds|units)$",
+        tail,
+    )
     if match and len(tokens) > len(match.group()) and tokens[-len(match.group()) - 1].kind == "n":
         return len(tokens) - len(match.group())
     return None

@@ -30,7 +30,9 @@ def as_trl_reward(
     TRL does not say which completions were cut off, so `truncated` is False for all.
     """
 
-    def plumbline_reward(completions: Sequence[Any], prompts: Sequence[Any] | None = None, **columns: Any) -> list[float]:
+    def plumbline_reward(
+        completions: Sequence[Any], prompts: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
         if gold not in columns:
             raise ValueError(f"the data set has no column {gold!r}; it has {', '.join(sorted(columns)) or 'none'}")
         texts = [text_of(completion) for completion in completions]
@@ -40,7 +42,9 @@ def as_trl_reward(
     return plumbline_reward
 
 
-def run_trl_reward(path: str, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+def run_trl_reward(
+    path: str, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
     """Rewards of a function written for TRL, given as package.module:function.
 
     Args:
@@ -57,5 +61,7 @@ def run_trl_reward(path: str, prompts: Sequence[str], completions: Sequence[str]
         raise ValueError(f"{path!r} names no reward function (package.module:function): {error}") from None
     rewards = function(prompts=list(prompts), completions=list(completions), **{k: list(v) for k, v in columns.items()})
     if len(rewards) != len(completions) or any(reward is None for reward in rewards):
-        raise ValueError(f"{path} must return a number for each of {len(completions)} completions; got {rewards!r:.200}")
+        raise ValueError(
+            f"{path} must return a number for each of {len(completions)} completions; got {rewards!r:.200}"
+        )
     return [float(reward) for reward in rewards]

@@ -20,7 +20,17 @@ _define("length", {
     "1000": "km kilometer kilometre", "127/5000": "inch inches in", "381/1250": "ft foot feet", "1143/1250": "yd yard", "201168/125": "mi mile",
 })  # fmt: skip
 _define("mass", {"1/1000000": "mg milligram", "1/1000": "g gm gram", "1": "kg kilogram", "1000": "tonne", "45359237/100000000": "lb lbs pound", "45359237/1600000000": "oz ounce"})  # fmt: skip
-_define("time", {"1/1000": "ms millisecond", "1": "s sec second", "60": "min minute", "3600": "h hr hour", "86400": "day", "604800": "week"})
+_define(
+    "time",
+    {
+        "1/1000": "ms millisecond",
+        "1": "s sec second",
+        "60": "min minute",
+        "3600": "h hr hour",
+        "86400": "day",
+        "604800": "week",
+    },
+)
 _define("month", {"1": "month", "12": "year yr"})
 _define("volume", {"1/1000": "ml mL milliliter millilitre", "1": "l L liter litre"})
 _define("money", {"1/100": "cent ¢", "1": "dollar usd buck"})

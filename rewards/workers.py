@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import queue
@@ -63,7 +64,11 @@ class Child:
         """The process, ready for a question; None if it is not up by the deadline (it is left to come up)."""
         if self.process is None or self.process.poll() is not None:
             self.kill()
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            }
             arguments = [str(self.memory_bytes), *(["second"] if self.second else [])]
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "plumbline.rewards.child", *arguments],
@@ -106,10 +111,8 @@ class Child:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # unsent input of a dead child
                     pipe.close()
-                except BrokenPipeError:
-                    pass  # unsent input of a dead child
         self.process = None
 
 
@@ -123,9 +126,13 @@ class Grader:
         second: compare with the second checker (math-verify) instead; every pair then goes to a child.
     """
 
-    def __init__(self, processes: int = 1, timeout: float = 2.0, memory_gib: float = 0.5, *, second: bool = False) -> None:
+    def __init__(
+        self, processes: int = 1, timeout: float = 2.0, memory_gib: float = 0.5, *, second: bool = False
+    ) -> None:
         if processes < 1 or timeout <= 0 or memory_gib <= 0:
-            raise ValueError(f"processes ({processes}), timeout ({timeout}) and memory_gib ({memory_gib}) must be positive")
+            raise ValueError(
+                f"processes ({processes}), timeout ({timeout}) and memory_gib ({memory_gib}) must be positive"
+            )
         self.timeout = timeout
         self.children = [Child(int(memory_gib * 2**30), second) for _ in range(processes)]
         # Last in, first out: a child that runs already is taken before one that must start.
@@ -166,7 +173,9 @@ class Grader:
     def __enter__(self) -> Grader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -82,7 +82,14 @@ class RewardChecker:
     """
 
     def __init__(
-        self, share: float = 0.1, thresholds: Thresholds | None = None, *, processes: int = 1, timeout: float = 2.0, keep: int = 200, window: int = 20
+        self,
+        share: float = 0.1,
+        thresholds: Thresholds | None = None,
+        *,
+        processes: int = 1,
+        timeout: float = 2.0,
+        keep: int = 200,
+        window: int = 20,
     ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"share ({share}) must be above 0 and at most 1")
@@ -138,7 +145,11 @@ class RewardChecker:
                 self.wrong_answers[row["sample_id"]]["".join(box.split())] += 1
         chosen = [row for row in rows if row["reason"] not in GRADER_FAULTS and self._chosen(step, row)]
         answered = [(row, last_boxed(row["response"])) for row in chosen]
-        verdicts = iter(self.grader.compare_many([(box, unbox(row["gold"])) for row, box in answered if box is not None and box.strip()]))
+        verdicts = iter(
+            self.grader.compare_many(
+                [(box, unbox(row["gold"])) for row, box in answered if box is not None and box.strip()]
+            )
+        )
         agreed = 0
         for row, box in answered:
             second = False
@@ -184,14 +195,32 @@ class RewardChecker:
 
         if total["regraded"] >= t.minimum:
             regraded = total["regraded"]
-            share("rewarded answers that the second checker holds wrong", total["false_reward"], regraded, t.warn_false_reward, t.stop_false_reward)
+            share(
+                "rewarded answers that the second checker holds wrong",
+                total["false_reward"],
+                regraded,
+                t.warn_false_reward,
+                t.stop_false_reward,
+            )
             disputes = total["false_reward"] + total["missed_reward"]
             share("disagreements with the second checker", disputes, regraded, t.warn_disagreement, t.stop_disagreement)
         if total["completions"] >= t.minimum:
             faults = sum(total[f"fault_{reason}"] for reason in GRADER_FAULTS)
-            share("grading errors, timeouts and unreadable golds", faults, total["completions"], t.warn_faults, t.stop_faults)
+            share(
+                "grading errors, timeouts and unreadable golds",
+                faults,
+                total["completions"],
+                t.warn_faults,
+                t.stop_faults,
+            )
             for name in DETECTORS:
-                share(f"completions with {name.replace('_', ' ')}", total[f"detector_{name}"], total["completions"], t.warn_detector, 2.0)
+                share(
+                    f"completions with {name.replace('_', ' ')}",
+                    total[f"detector_{name}"],
+                    total["completions"],
+                    t.warn_detector,
+                    2.0,
+                )
         series = {name: values[-self.window :] for name, values in self.series.items()}
         if diverging(series.get("rewarded", []), series.get("second", [])):
             stop.append("the reward rises while the second checker's accuracy falls")
@@ -220,7 +249,10 @@ class RewardChecker:
             "decision": decision,
             "reasons": reasons,
             "totals": dict(self.totals),
-            "table": {f"reward_{'right' if a else 'wrong'}_second_{'right' if b else 'wrong'}": n for (a, b), n in sorted(self.table.items())},
+            "table": {
+                f"reward_{'right' if a else 'wrong'}_second_{'right' if b else 'wrong'}": n
+                for (a, b), n in sorted(self.table.items())
+            },
             "suspected_golds": {k: list(v) for k, v in self.suspected_golds().items()},
             "quarantined": self.quarantined,
             "thresholds": asdict(self.thresholds),

@@ -38,7 +38,12 @@ def no_reasoning(problem: str, response: str) -> bool:
     return box is not None and len(response) - len(box) < REASONING_CHARACTERS
 
 
-DETECTORS = {"many_boxes": many_boxes, "boxed_question": boxed_question, "repetition": repetition, "no_reasoning": no_reasoning}
+DETECTORS = {
+    "many_boxes": many_boxes,
+    "boxed_question": boxed_question,
+    "repetition": repetition,
+    "no_reasoning": no_reasoning,
+}
 
 
 def slope(values: Sequence[float]) -> float:

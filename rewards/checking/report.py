@@ -16,7 +16,11 @@ _STYLE = (
     "pre{white-space:pre-wrap;background:#f6f6f6;padding:.6em;max-height:14em;overflow:auto}"
     ".ok{color:#17702d}.warn{color:#946200}.stop{color:#b00020}"
 )
-_VERDICT = {"ok": "Rewards look sound.", "warn": "Look before you trust these rewards.", "stop": "Do not train on these rewards."}
+_VERDICT = {
+    "ok": "Rewards look sound.",
+    "warn": "Look before you trust these rewards.",
+    "stop": "Do not train on these rewards.",
+}
 
 
 def read_completions(run: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -68,15 +72,26 @@ def render(checker: RewardChecker, title: str) -> str:
         "<h2>Two checkers</h2>",
         _table(
             ["", "second: right", "second: wrong"],
-            [["rewarded", table[True, True], table[True, False]], ["not rewarded", table[False, True], table[False, False]]],
+            [
+                ["rewarded", table[True, True], table[True, False]],
+                ["not rewarded", table[False, True], table[False, False]],
+            ],
         ),
         _table(
             ["what", "share (95% interval)"],
             [
                 ["rewarded, second checker says wrong", _share(total["false_reward"], regraded)],
                 ["not rewarded, second checker says right", _share(total["missed_reward"], regraded)],
-                *[[name.removeprefix("fault_").replace("_", " "), _share(hits, n)] for name, hits in sorted(total.items()) if name.startswith("fault_")],
-                *[[name.removeprefix("detector_").replace("_", " "), _share(hits, n)] for name, hits in sorted(total.items()) if name.startswith("detector_")],
+                *[
+                    [name.removeprefix("fault_").replace("_", " "), _share(hits, n)]
+                    for name, hits in sorted(total.items())
+                    if name.startswith("fault_")
+                ],
+                *[
+                    [name.removeprefix("detector_").replace("_", " "), _share(hits, n)]
+                    for name, hits in sorted(total.items())
+                    if name.startswith("detector_")
+                ],
             ],
         ),
     ]
@@ -85,7 +100,10 @@ def render(checker: RewardChecker, title: str) -> str:
         rows = [[sample, gold, answer, votes] for sample, (gold, answer, votes) in sorted(suspects.items())]
         parts += ["<h2>Golds that look wrong</h2>", _table(["sample", "gold", "completions say", "votes"], rows[:50])]
     if checker.quarantined:
-        parts += [f"<h2>Quarantined: {len(checker.quarantined)}</h2>", _table(["sample", "why"], [[k, v] for k, v in sorted(checker.quarantined.items())][:50])]
+        parts += [
+            f"<h2>Quarantined: {len(checker.quarantined)}</h2>",
+            _table(["sample", "why"], [[k, v] for k, v in sorted(checker.quarantined.items())][:50]),
+        ]
     if checker.cases:
         parts.append("<h2>Texts that caused it</h2>")
         shown: dict[str, int] = {}
@@ -94,7 +112,9 @@ def render(checker: RewardChecker, title: str) -> str:
             if shown[case.kind] <= 3:
                 head = f"{case.kind.replace('_', ' ')}: step {case.step}, sample {case.sample_id}, answer {case.answer!r}, gold {case.gold!r}, reward {case.reward:g}"
                 parts.append(f"<h3>{html.escape(head)}</h3><pre>{html.escape(case.response)}</pre>")
-    return f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>" + "".join(parts)
+    return f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>" + "".join(
+        parts
+    )
 
 
 def check_run(run: Path, out: Path, checker: RewardChecker) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def rows(step, *, any_box=False, wrong_golds=0.0, boxes=1, accuracy=0.6, samples
     return out
 
 
-@pytest.fixture()
+@pytest.fixture
 def checker():
     with RewardChecker(share=0.25, timeout=20.0) as made:
         yield made
@@ -83,7 +83,9 @@ def test_a_finished_run(tmp_path, checker):
     folder = tmp_path / "run" / "completions"
     folder.mkdir(parents=True)
     for step in (1, 2):
-        (folder / f"{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(step, any_box=True, accuracy=0.3)))
+        (folder / f"{step}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows(step, any_box=True, accuracy=0.3))
+        )
     summary = check_run(tmp_path / "run", tmp_path / "out", checker)
     assert summary["decision"] == "stop"
     assert json.loads((tmp_path / "out" / "check.json").read_text())["totals"]["completions"] == 320

@@ -20,7 +20,13 @@ def test_at_least_600_pairs_in_both_directions():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_labelled(file):
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    verdicts = grade_many([(f"So the answer is $\\boxed{{{row['answer']}}}$.", row["gold"]) for row in rows], timeout=20.0)
-    wrong = [(row["answer"], row["gold"], v.reason) for row, v in zip(rows, verdicts, strict=True) if v.correct != row["correct"]]
+    verdicts = grade_many(
+        [(f"So the answer is $\\boxed{{{row['answer']}}}$.", row["gold"]) for row in rows], timeout=20.0
+    )
+    wrong = [
+        (row["answer"], row["gold"], v.reason)
+        for row, v in zip(rows, verdicts, strict=True)
+        if v.correct != row["correct"]
+    ]
     assert wrong == []
     assert {v.reason for v in verdicts} <= {"correct", "wrong", "malformed"}

@@ -83,7 +83,9 @@ def test_fractions_agree_exactly_when_equal(a, b, c, d):
     assert grade(f"\\boxed{{\\frac{{{a}}}{{{b}}}}}", f"{c}/{d}").correct == (a * d == c * b)
 
 
-VERDICTS = {reason: Verdict(reason == "correct", reason, "5", 0.0) for reason in ("correct", "wrong", "no_answer", "malformed")}
+VERDICTS = {
+    reason: Verdict(reason == "correct", reason, "5", 0.0) for reason in ("correct", "wrong", "no_answer", "malformed")
+}
 
 
 def test_limr_shaping():
@@ -111,7 +113,9 @@ def test_ours_in_trl():
 
 
 def test_trl_reward_runs_here(tmp_path, monkeypatch):
-    (tmp_path / "their_reward.py").write_text("def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n")
+    (tmp_path / "their_reward.py").write_text(
+        "def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert run_trl_reward("their_reward:length", ["p", "p"], ["ab", "abc"], answer=["1", "2"]) == [2.0, 3.0]
     with pytest.raises(ValueError, match="names no reward function"):

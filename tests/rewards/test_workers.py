@@ -24,13 +24,19 @@ BOMBS = [
 
 
 def processes_of(pid):
-    out = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
+    out = subprocess.run(
+        ["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    ).stdout
     return [line for line in out.splitlines() if "ps" not in line and "Z" not in line.split()[-1]]
 
 
 @pytest.mark.parametrize("number", range(len(BOMBS)))
 def test_bombs_are_answered_within_the_limit(number):
-    for response, gold in ((f"\\boxed{{{BOMBS[number]}}}", "7"), (f"\\boxed{{{BOMBS[number]}}}", "\\sqrt{2}+\\sin 1"), ("\\boxed{7}", BOMBS[number])):
+    for response, gold in (
+        (f"\\boxed{{{BOMBS[number]}}}", "7"),
+        (f"\\boxed{{{BOMBS[number]}}}", "\\sqrt{2}+\\sin 1"),
+        ("\\boxed{7}", BOMBS[number]),
+    ):
         began = time.perf_counter()
         verdict = grade(response, gold, timeout=2.0)
         assert time.perf_counter() - began < 2.5
@@ -95,22 +101,34 @@ def test_no_process_outlives_its_parent():
         "assert grade('\\\\boxed{\\\\sin^2 x+\\\\cos^2 x}', '1', timeout=20.0).correct\n"
         "print(*[c.process.pid for g in _shared.values() for c in g.children if c.process])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    ).stdout.split()
     assert len(out) == 1
     assert not os.path.exists(f"/proc/{out[0]}")
 
 
 def test_light_import():
     code = "import sys, plumbline.rewards.workers\nprint(sorted({'torch', 'sympy', 'transformers', 'ray', 'math_verify', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.slow
 def test_soak():
     before = len(processes_of(os.getpid()))
-    good = [("\\boxed{\\frac12}", "0.5", True), ("\\boxed{7}", "8", False), ("\\boxed{\\sin^2 x+\\cos^2 x}", "1", True), ("\\boxed{(1,2)}", "(2,1)", False)]
+    good = [
+        ("\\boxed{\\frac12}", "0.5", True),
+        ("\\boxed{7}", "8", False),
+        ("\\boxed{\\sin^2 x+\\cos^2 x}", "1", True),
+        ("\\boxed{(1,2)}", "(2,1)", False),
+    ]
     with Grader(processes=2, timeout=10.0) as grader:
-        items = [(f"\\boxed{{{BOMBS[i // 100 % len(BOMBS)]}}}", "7", False) if i % 100 == 0 else good[i % 4] for i in range(20_000)]
+        items = [
+            (f"\\boxed{{{BOMBS[i // 100 % len(BOMBS)]}}}", "7", False) if i % 100 == 0 else good[i % 4]
+            for i in range(20_000)
+        ]
         verdicts = grader.grade_many([(response, gold) for response, gold, _ in items])
         assert len(verdicts) == 20_000
         assert [v.correct for v in verdicts] == [right for _, _, right in items]

@@ -51,6 +51,7 @@ class DataSection(Section):
     seed: int = Field(0, description="Seed of procedural problems.")
     fields: dict[str, str] = Field(default_factory=dict, description="Rename columns: {problem: question, answer: final}.")
     levels: list[int] | None = Field(None, description="Keep these levels only.")
+    families: list[str] | None = Field(None, description="Procedural families to draw from; None is all.")
     subset: str | None = Field(None, description="A text file of sample ids, one a line: train on these only.")
 
 
@@ -128,6 +129,7 @@ class EvaluationSection(Section):
     limit: PositiveInt | None = Field(None)
     seed: int = Field(0)
     levels: list[int] | None = Field(None)
+    families: list[str] | None = Field(None, description="Procedural families to draw from; None is all.")
     every_steps: int = Field(0, ge=0, description="Evaluate during training; 0: never.")
     completions_per_problem: PositiveInt = Field(1)
     temperature: float = Field(1.0, ge=0, description="0 is greedy.")
@@ -151,7 +153,7 @@ class RaySection(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = Field(..., min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; also in the history.")
+    name: str = Field(..., min_length=1, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="Name of the run; also in the history.")
     output: str | None = Field(None, description="Folder for everything the run writes; None: runs/<name>.")
     seed: int = Field(0, ge=0, description="Everything random derives from it.")
     steps: PositiveInt = Field(100, description="Training steps.")

@@ -95,6 +95,7 @@ def load_problems(
     limit: int | None = None,
     seed: int = 0,
     levels: list[int] | None = None,
+    families: list[str] | None = None,
 ) -> tuple[list[Problem], DataReport]:
     """Read a data set.
 
@@ -106,6 +107,7 @@ def load_problems(
         limit: keep the first so many good problems (generated sources: make so many, 1,000 by default).
         seed: of generated sources.
         levels: keep problems whose `level` is one of these.
+        families: of procedural sources; None is all.
 
     Returns:
         (problems, report). Empty golds, missing fields and repeated ids are dropped and counted.
@@ -121,7 +123,7 @@ def load_problems(
     problems: list[Problem] = []
     first_id: dict[str, int] = {}
     first_text: dict[str, int] = {}
-    for number, row in enumerate(_rows(source, split, limit, seed, levels), start=1):
+    for number, row in enumerate(_rows(source, split, limit, seed, levels, families), start=1):
         report.rows = number
         if limit is not None and len(problems) == limit:
             report.rows = number - 1
@@ -188,7 +190,12 @@ def _gold(text: str) -> str:
 
 
 def _rows(
-    source: str, split: str | None, limit: int | None, seed: int, levels: list[int] | None
+    source: str,
+    split: str | None,
+    limit: int | None,
+    seed: int,
+    levels: list[int] | None,
+    families: list[str] | None,
 ) -> Iterable[dict[str, Any]]:
     kind, _, rest = source.partition(":")
     if kind == "procedural":
@@ -196,7 +203,7 @@ def _rows(
             raise InputError(
                 f"unknown source {source!r}; procedural sources are {', '.join(f'procedural:{s}' for s in SPLITS)}"
             )
-        made = generate(rest, limit or 1000, seed, levels=levels)
+        made = generate(rest, limit or 1000, seed, families=families, levels=levels)
         return (
             {"id": p.id, "problem": p.problem, "answer": p.answer, "family": p.family, "level": p.level} for p in made
         )

@@ -84,7 +84,15 @@ def read_problems(section: DataSection | EvaluationSection) -> tuple[list[Proble
     assert section.source is not None
     fields = section.fields if isinstance(section, DataSection) else {}
     split = section.split if isinstance(section, DataSection) else None
-    return load_problems(section.source, split=split, fields=fields, limit=section.limit, seed=section.seed, levels=section.levels)
+    return load_problems(
+        section.source,
+        split=split,
+        fields=fields,
+        limit=section.limit,
+        seed=section.seed,
+        levels=section.levels,
+        families=section.families,
+    )
 
 
 def keep_subset(problems: list[Problem], path: Path) -> list[Problem]:

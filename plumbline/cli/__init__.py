@@ -10,8 +10,13 @@ import sys
 import typer
 
 from plumbline import __version__
+from plumbline.cli.build_embedded import build_embedded
+from plumbline.cli.check import check
+from plumbline.cli.convert import convert
 from plumbline.cli.evaluate import evaluate
 from plumbline.cli.run import run
+from plumbline.cli.scaling import scaling
+from plumbline.cli.select import select
 from plumbline.cli.train import train
 from plumbline.errors import InputError
 
@@ -23,9 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(run)
-app.command()(train)
-app.command()(evaluate)
+for command in (run, train, select, evaluate, check, convert, scaling, build_embedded):
+    app.command()(command)
 
 
 def _print_version(value: bool) -> None:
@@ -45,6 +49,6 @@ def main() -> None:
     """Entry point of the `plumbline` console script."""
     try:
         app()
-    except InputError as error:
+    except (InputError, FileNotFoundError) as error:
         print(f"plumbline: {error}", file=sys.stderr)
         raise SystemExit(2) from None

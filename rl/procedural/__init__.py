@@ -7,7 +7,7 @@ disjoint whatever the seeds and sizes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -106,10 +106,10 @@ def generate(
     return problems
 
 
-def stream(split: str, count: int, seed: int) -> Iterator[ProceduralProblem]:
+def stream(split: str, count: int, seed: int, families: Sequence[str] | None = None) -> Iterator[ProceduralProblem]:
     """`count` problems with families and levels in equal shares, repeats allowed: what a long cold start reads."""
     rng = Random(f"stream/{split}/{seed}")
-    cells = [(family, level) for level in LEVELS for family in FAMILIES]
+    cells = [(family, level) for level in LEVELS for family in families or FAMILIES]
     for number in range(count):
         if number % len(cells) == 0:
             rng.shuffle(cells)

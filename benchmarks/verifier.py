@@ -2,7 +2,7 @@
 
 Two workloads: golds of LIMR boxed (the typical answer), and the hard pairs of tests/rewards/labelled that need a parser. DATA is
 the folder with limr/full.jsonl. Prints the medians and writes benchmarks/results/verifier.json with versions and sample sizes.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 

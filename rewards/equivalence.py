@@ -2,7 +2,7 @@
 
 Comparisons answer True, False or None: None means that exact forms and double precision cannot tell, and that the grading
 child must compare at high precision (`deep`).
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class Comparison:
                     return a.clock == g.clock
                 # one side says a.m. or p.m., the other a 24-hour or a bare 12-hour time
                 bare, marked = (g, a) if a.half else (a, g)
-                assert bare.clock and marked.clock
+                assert bare.clock and marked.clock  # noqa: PT018
                 hour, minute = marked.clock
                 return bare.clock[1] == minute and bare.clock[0] in (
                     hour,
@@ -411,7 +411,7 @@ class Comparison:
     # -- sets of real numbers -----------------------------------------------------------------------------------
 
     def sets(self, a: Answer, g: Answer) -> Truth:
-        """Whether both are the same set of real numbers: intervals, unions, inequalities in one name, excluded points."""
+        """Whether both are the same set of real numbers: intervals, unions, inequalities in one name, excluded points."""  # noqa: E501
         if not (_set_like(a) and _set_like(g)):
             return False
         name_a, name_g = _set_name(a), _set_name(g)
@@ -496,10 +496,10 @@ def _pieces(answer: Answer) -> list[Piece] | None:
             if all(isinstance(item, Relation) and item.ops == ("!=",) for item in answer.items):
                 out = [Piece(None, False, None, False)]
                 for item in answer.items:
-                    hole = item.sides[1] if isinstance(item, Relation) else None
-                    if not isinstance(hole, Expr):
+                    excluded = item.sides[1] if isinstance(item, Relation) else None
+                    if not isinstance(excluded, Expr):
                         return None
-                    out = _without(out, hole.node)
+                    out = _without(out, excluded.node)
                 return out
             out = []
             for item in answer.items:

@@ -30,7 +30,7 @@ class Thresholds:
         warn_detector: hits of any one detector among all completions.
         minimum: completions re-graded before a share of them counts.
         suspect_gold: answers of one sample, all the same, that the gold calls wrong, before the gold is suspected.
-    """
+    """  # noqa: E501
 
     warn_false_reward: float = 0.02
     stop_false_reward: float = 0.20
@@ -126,7 +126,7 @@ class RewardChecker:
 
         Raises:
             ValueError: a row lacks one of these fields.
-        """
+        """  # noqa: E501
         rows = [_normal(row) for row in rows]
         count: Counter[str] = Counter(completions=len(rows))
         for row in rows:
@@ -277,7 +277,7 @@ class RewardChecker:
         if sum(case.kind == kind for case in self.cases) >= max(1, self.keep // 8):
             return
         box = last_boxed(row["response"]) or ""
-        case = Case(step, row["sample_id"], row["rollout"], kind, box[:300], row["gold"][:300], float(row["reward"]), bool(row["correct"]), second, row["response"][-1500:])  # fmt: skip
+        case = Case(step, row["sample_id"], row["rollout"], kind, box[:300], row["gold"][:300], float(row["reward"]), bool(row["correct"]), second, row["response"][-1500:])  # fmt: skip  # noqa: E501
         self.cases.append(case)
 
 

@@ -12,7 +12,7 @@ from plumbline.rewards.checking.checker import RewardChecker, interval
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{border:1px solid #ccc;padding:.25em .7em;text-align:left;vertical-align:top}"
+    "table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{border:1px solid #ccc;padding:.25em .7em;text-align:left;vertical-align:top}"  # noqa: E501
     "pre{white-space:pre-wrap;background:#f6f6f6;padding:.6em;max-height:14em;overflow:auto}"
     ".ok{color:#17702d}.warn{color:#946200}.stop{color:#b00020}"
 )
@@ -110,7 +110,7 @@ def render(checker: RewardChecker, title: str) -> str:
         for case in checker.cases:
             shown[case.kind] = shown.get(case.kind, 0) + 1
             if shown[case.kind] <= 3:
-                head = f"{case.kind.replace('_', ' ')}: step {case.step}, sample {case.sample_id}, answer {case.answer!r}, gold {case.gold!r}, reward {case.reward:g}"
+                head = f"{case.kind.replace('_', ' ')}: step {case.step}, sample {case.sample_id}, answer {case.answer!r}, gold {case.gold!r}, reward {case.reward:g}"  # noqa: E501
                 parts.append(f"<h3>{html.escape(head)}</h3><pre>{html.escape(case.response)}</pre>")
     return f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>" + "".join(
         parts
@@ -118,7 +118,7 @@ def render(checker: RewardChecker, title: str) -> str:
 
 
 def check_run(run: Path, out: Path, checker: RewardChecker) -> dict[str, Any]:
-    """Check a finished (or running) run; write check.json, check_cases.jsonl and check.html into `out`; return the summary."""
+    """Check a finished (or running) run; write check.json, check_cases.jsonl and check.html into `out`; return the summary."""  # noqa: E501
     for step, rows in read_completions(run):
         checker.check(step, rows)
     out.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,8 @@ def rows(step, *, any_box=False, wrong_golds=0.0, boxes=1, accuracy=0.6, samples
             answer = right if random.random() < accuracy or number < wrong_golds * samples else right + 2 + rollout
             text = WORK + " ".join(f"\\boxed{{{answer + extra}}}" for extra in range(boxes - 1, -1, -1))
             correct = True if any_box else answer == gold
-            out.append({"step": step, "sample_id": f"s{number}", "rollout": rollout, "prompt": f"What is {right - 1} plus 1?", "response": text,
-                        "gold": str(gold), "reward": float(correct), "correct": correct, "reason": "correct" if correct else "wrong", "tokens": 30,
+            out.append({"step": step, "sample_id": f"s{number}", "rollout": rollout, "prompt": f"What is {right - 1} plus 1?", "response": text,  # noqa: E501
+                        "gold": str(gold), "reward": float(correct), "correct": correct, "reason": "correct" if correct else "wrong", "tokens": 30,  # noqa: E501
                         "truncated": False})  # fmt: skip
     return out
 

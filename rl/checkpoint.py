@@ -44,7 +44,11 @@ class CheckpointStore:
             (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(error.errno, f"checkpoint of step {step} could not be written ({error.strerror}); earlier ones are intact", str(final)) from None
+            raise OSError(
+                error.errno,
+                f"checkpoint of step {step} could not be written ({error.strerror}); earlier ones are intact",
+                str(final),
+            ) from None
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in self.paths()[: -self.keep]:

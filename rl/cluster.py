@@ -103,7 +103,9 @@ class Roles:
         checksums = ray.get([worker.load_weights.remote(published["version"], arrays) for worker in self.rollout])
         for checksum in checksums:
             if abs(checksum - published["checksum"]) > 1e-9 * abs(published["checksum"]):
-                raise RuntimeError(f"weights changed on the way to a rollout worker: checksum {checksum} there, {published['checksum']} here")
+                raise RuntimeError(
+                    f"weights changed on the way to a rollout worker: checksum {checksum} there, {published['checksum']} here"
+                )
         return published["version"]
 
     def graded_groups(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:

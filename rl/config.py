@@ -6,6 +6,7 @@ valid name. Names carry unit and scope.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any, Literal
@@ -32,11 +33,13 @@ class PolicySection(Section):
 
 class PromptSection(Section):
     template: Literal["chat", "plain"] | None = Field(
-        None, description="`chat` uses the tokenizer's chat template, `plain` the bare text. None: what the policy's folder asks for."
+        None,
+        description="`chat` uses the tokenizer's chat template, `plain` the bare text. None: what the policy's folder asks for.",
     )
     system: str | None = Field(None, description="System message; None: what the policy's folder asks for.")
     instruction: str | None = Field(
-        None, description="Sentence put after the problem; None: what the policy's folder asks for, else the usual `\\boxed{}` one."
+        None,
+        description="Sentence put after the problem; None: what the policy's folder asks for, else the usual `\\boxed{}` one.",
     )
     max_tokens: PositiveInt = Field(1024, description="Longer prompts are dropped and counted.")
 
@@ -47,9 +50,13 @@ class DataSection(Section):
         description="`procedural:train`, `reasoning-gym:<task>`, a local JSONL / Parquet file, a `datasets` folder, or a hub id.",
     )
     split: str | None = Field(None, description="Split of a hub data set; None takes `train` or the only one.")
-    limit: PositiveInt | None = Field(None, description="Keep the first so many problems (for procedural: how many to make).")
+    limit: PositiveInt | None = Field(
+        None, description="Keep the first so many problems (for procedural: how many to make)."
+    )
     seed: int = Field(0, description="Seed of procedural problems.")
-    fields: dict[str, str] = Field(default_factory=dict, description="Rename columns: {problem: question, answer: final}.")
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="Rename columns: {problem: question, answer: final}."
+    )
     levels: list[int] | None = Field(None, description="Keep these levels only.")
     families: list[str] | None = Field(None, description="Procedural families to draw from; None is all.")
     subset: str | None = Field(None, description="A text file of sample ids, one a line: train on these only.")
@@ -60,12 +67,16 @@ class RolloutSection(Section):
     workers: PositiveInt = Field(1, description="Rollout actors.")
     cpus_per_worker: float = Field(1, gt=0, description="CPU share that Ray books for each.")
     gpus_per_worker: float = Field(0, ge=0, description="GPU share that Ray books for each.")
-    threads_per_worker: PositiveInt | None = Field(None, description="Torch CPU threads; None: all cores (they take turns with the learner).")
+    threads_per_worker: PositiveInt | None = Field(
+        None, description="Torch CPU threads; None: all cores (they take turns with the learner)."
+    )
     prompts_per_step: PositiveInt = Field(32, description="Prompts a training step.")
     completions_per_prompt: int = Field(8, ge=2, description="Completions a prompt: the group that advantages compare.")
     max_new_tokens: PositiveInt = Field(256, description="Longer completions are cut and marked `truncated`.")
     temperature: float = Field(
-        1.0, gt=0, description="The learner divides logits by the same temperature. top-p/top-k do not exist in training: they bias the ratio."
+        1.0,
+        gt=0,
+        description="The learner divides logits by the same temperature. top-p/top-k do not exist in training: they bias the ratio.",
     )
     slots: PositiveInt = Field(256, description="Sequences decoded at once by a worker (cache slots).")
     timeout_seconds: float = Field(3600, gt=0, description="A step whose rollout takes longer is an error.")
@@ -92,9 +103,13 @@ class LearnerSection(Section):
     cpus: float = Field(1, gt=0, description="CPU share that Ray books.")
     gpus: float = Field(0, ge=0, description="GPU share that Ray books.")
     threads: PositiveInt | None = Field(None, description="Torch CPU threads; None: all cores.")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Compute type; master weights stay float32.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Compute type; master weights stay float32."
+    )
     learning_rate: float = Field(1e-6, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After warm-up; linear and cosine end at 0.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="After warm-up; linear and cosine end at 0."
+    )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps from 0 to the full learning rate.")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's.")
@@ -104,18 +119,29 @@ class LearnerSection(Section):
     logprob_chunk_tokens: PositiveInt = Field(2048, description="Tokens whose logits exist at once.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     clipping: ClippingSection = Field(default_factory=ClippingSection)
-    max_skipped_steps: int = Field(10, ge=0, description="Optimizer steps with a NaN or Inf gradient are skipped and counted; more in a row stop the run.")
+    max_skipped_steps: int = Field(
+        10,
+        ge=0,
+        description="Optimizer steps with a NaN or Inf gradient are skipped and counted; more in a row stop the run.",
+    )
 
 
 class AlgorithmSection(Section):
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = Field("grpo", description="Files in rl/advantages/.")
-    ratio: Literal["token", "sequence"] = Field("token", description="Importance ratio a token (GRPO) or a sequence (GSPO).")
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = Field(
+        "grpo", description="Files in rl/advantages/."
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="Importance ratio a token (GRPO) or a sequence (GSPO)."
+    )
     aggregation: Literal["token", "sequence", "constant"] = Field(
-        "token", description="Mean over all tokens (DAPO), mean of sequence means (GRPO as published), or sum over max_new_tokens (Dr.GRPO)."
+        "token",
+        description="Mean over all tokens (DAPO), mean of sequence means (GRPO as published), or sum over max_new_tokens (Dr.GRPO).",
     )
     clip_low: float = Field(0.2, ge=0, description="Ratio floor is 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="Ratio ceiling is 1 + clip_high.")
-    kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the starting policy in the loss; 0 keeps no reference policy.")
+    kl_coefficient: float = Field(
+        0.0, ge=0, description="Weight of the KL to the starting policy in the loss; 0 keeps no reference policy."
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3")
 
 
@@ -153,7 +179,12 @@ class RaySection(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = Field(..., min_length=1, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="Name of the run; also in the history.")
+    name: str = Field(
+        ...,
+        min_length=1,
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$",
+        description="Name of the run; also in the history.",
+    )
     output: str | None = Field(None, description="Folder for everything the run writes; None: runs/<name>.")
     seed: int = Field(0, ge=0, description="Everything random derives from it.")
     steps: PositiveInt = Field(100, description="Training steps.")
@@ -230,10 +261,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise InputError(f"override {override!r}: the value is not valid YAML") from None
     if isinstance(value, str):
         # YAML 1.1 reads `1e-4` as text; people mean a number.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -249,7 +278,9 @@ def _first_problem(error: ValidationError) -> str:
     dotted = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(dotted, valid_keys(), n=1, cutoff=0.0)
-        leaf = difflib.get_close_matches(dotted.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in valid_keys()], n=1, cutoff=0.75)
+        leaf = difflib.get_close_matches(
+            dotted.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in valid_keys()], n=1, cutoff=0.75
+        )
         if leaf and near and near[0].rsplit(".", 1)[-1] != leaf[0]:
             near = [k for k in valid_keys() if k.rsplit(".", 1)[-1] == leaf[0]][:1]
         return f"unknown key {dotted!r}; the nearest valid key is {near[0]!r}"

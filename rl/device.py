@@ -14,5 +14,7 @@ def pick_device(wanted: str) -> str:
     except RuntimeError:
         raise InputError(f"policy.device {wanted!r} is not a torch device; use auto, cpu or cuda") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("policy.device is cuda, but torch sees no GPU; use auto or cpu, or install a CUDA build of torch")
+        raise InputError(
+            "policy.device is cuda, but torch sees no GPU; use auto or cpu, or install a CUDA build of torch"
+        )
     return wanted

@@ -82,7 +82,13 @@ def evaluate(
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     prompts = [
-        Prompt(index, sample_id, tasks[sample_id].token_ids, tasks[sample_id].problem.problem, tasks[sample_id].problem.answer)
+        Prompt(
+            index,
+            sample_id,
+            tasks[sample_id].token_ids,
+            tasks[sample_id].problem.problem,
+            tasks[sample_id].problem.answer,
+        )
         for index, sample_id in enumerate(tasks)
     ]
     groups: list[Group] = []

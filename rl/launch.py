@@ -12,6 +12,7 @@ from rich.table import Table
 from plumbline.errors import InputError
 from plumbline.rl.batch import Sampling
 from plumbline.rl.config import RunConfig, parse_config
+from plumbline.rl.grading import load_shaping
 from plumbline.rl.output import mark_run, prepare_output
 from plumbline.rl.plan import TRAINING_RUNS_OF_A_PIPELINE, make_plan, print_plan
 from plumbline.rl.tasks import TaskSet, evaluation_tasks, training_tasks
@@ -25,6 +26,7 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     tasks, report = training_tasks(config, codec)
     for line in report.lines():
         console.print(line, highlight=False)
+    load_shaping(config.reward.shaping)
     plan = make_plan(config)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "train")
@@ -36,7 +38,10 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     console.print("starting Ray and the workers …")
     with Roles.start(config) as roles:
         result = train(config, roles, tasks, console, resume=resume)
-    console.print(f"done: {result.steps} steps, {result.rollouts:,} rollouts in {result.seconds:.0f} s; policy in {result.policy}", highlight=False)
+    console.print(
+        f"done: {result.steps} steps, {result.rollouts:,} rollouts in {result.seconds:.0f} s; policy in {result.policy}",
+        highlight=False,
+    )
 
 
 def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -48,10 +53,17 @@ def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False
     evaluation_tasks(config, codec)
     for line in report.lines():
         console.print(line, highlight=False)
+    load_shaping(config.reward.shaping)
     plan = make_plan(config, training_runs=TRAINING_RUNS_OF_A_PIPELINE)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "run")
-    print_plan(config, plan, len(tasks), console, title=f"plumbline run: {config.name} (each of the three arms; a pre-run of {config.selection.prerun_steps} steps comes first)")
+    print_plan(
+        config,
+        plan,
+        len(tasks),
+        console,
+        title=f"plumbline run: {config.name} (each of the three arms; a pre-run of {config.selection.prerun_steps} steps comes first)",
+    )
 
     from plumbline.rl.pipeline import accuracy_table, run_pipeline
 
@@ -113,12 +125,21 @@ def launch_evaluation(
     from plumbline.rl.evaluation import Evaluation, evaluate
 
     problems = sum(len(tasks) for tasks in sets.values())
-    console.print(f"{model}: {plan.parameters / 1e6:.1f} M parameters; {problems} problems x {completions}, at most {max_new_tokens} tokens each; output {config.folder}", highlight=False)
+    console.print(
+        f"{model}: {plan.parameters / 1e6:.1f} M parameters; {problems} problems x {completions}, at most {max_new_tokens} tokens each; output {config.folder}",
+        highlight=False,
+    )
     results: list[Evaluation] = []
     with Roles.start(config, learner=False) as roles:
         roles.begin_evaluation(config, None)
         for benchmark, tasks in sets.items():
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
                 bar = progress.add_task(benchmark, total=len(tasks))
                 results.append(

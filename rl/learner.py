@@ -37,13 +37,17 @@ class Learner:
         self.device = device
         # Dropout and initialisation of new tensors (a converted checkpoint's phi) draw from the run's seed.
         torch.manual_seed(config.seed)
-        self.policy = load_policy(config.policy.path, attention=config.policy.attention, dtype=torch.float32, device=device)
+        self.policy = load_policy(
+            config.policy.path, attention=config.policy.attention, dtype=torch.float32, device=device
+        )
         self.policy.train()
         if config.learner.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
         self.reference = None
         if config.algorithm.kl_coefficient > 0:
-            self.reference = load_policy(config.policy.path, attention=config.policy.attention, dtype=torch.float32, device=device)
+            self.reference = load_policy(
+                config.policy.path, attention=config.policy.attention, dtype=torch.float32, device=device
+            )
             self.reference.requires_grad_(False).eval()
         settings = config.learner
         self.optimizer = torch.optim.AdamW(
@@ -54,12 +58,18 @@ class Learner:
             fused=True,
         )
         updates = config.steps * settings.epochs * settings.minibatches
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _schedule(step, updates, config))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: _schedule(step, updates, config)
+        )
         self.adagc: AdaptiveGradientClipper | None = None
         if settings.clipping.method == "adagc":
             clipping = settings.clipping
             self.adagc = AdaptiveGradientClipper(
-                self.policy.named_parameters(), clipping.max_norm, clipping.relative, clipping.beta, clipping.warmup_steps
+                self.policy.named_parameters(),
+                clipping.max_norm,
+                clipping.relative,
+                clipping.beta,
+                clipping.warmup_steps,
             )
         self.version = 0
         self.skipped_in_a_row = 0
@@ -92,6 +102,11 @@ class Learner:
             max_length=self.config.rollout.max_new_tokens,
             normalizer=float(tokens if algorithm.aggregation == "token" else len(rows)),
         )
+        if self.reference is None:
+            # A completion of zero advantage has no gradient: not computing it changes nothing but the time. One row
+            # stays in any case, so that a step without signal still has (zero) gradients.
+            rows = [row for row in rows if batch.advantages[row] != 0] or rows[:1]
+            tokens = sum(len(batch.completion_ids[row]) for row in rows)
         sums: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
         for micro in microbatches(batch, rows, settings.tokens_per_microbatch):
@@ -148,7 +163,9 @@ class Learner:
             stats["kl_reference"] = (divergence.detach() * mask).sum() / mask.sum()
         return loss, stats, mask.sum().item() / tokens
 
-    def _logprobs(self, policy: Any, ids: Tensor, cu_seqlens: Tensor, predict: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _logprobs(
+        self, policy: Any, ids: Tensor, cu_seqlens: Tensor, predict: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         half = self.config.learner.precision == "bfloat16"
         with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=half):
             hidden = policy.hidden_states(ids, cu_seqlens)[predict]
@@ -199,7 +216,9 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if (state["adagc"] is None) != (self.adagc is None):
-            raise InputError(f"checkpoint {folder} was made with another learner.clipping.method; keep it when resuming")
+            raise InputError(
+                f"checkpoint {folder} was made with another learner.clipping.method; keep it when resuming"
+            )
         if self.adagc is not None:
             self.adagc.load_state_dict(state["adagc"])
         self.version = state["version"]

@@ -10,7 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def token_logprobs(
-    hidden: Tensor, targets: Tensor, lm_head: Callable[[Tensor], Tensor], *, temperature: float = 1.0, chunk_tokens: int = 2048
+    hidden: Tensor,
+    targets: Tensor,
+    lm_head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 2048,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(lm_head(hidden) / temperature)[target], and the entropy, in chunks recomputed in the backward pass.
 

@@ -54,7 +54,9 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     if saved is not None:
         path, state = saved
         if state["samples"] != tasks.fingerprint:
-            raise InputError(f"checkpoint {path} was trained on other samples than data.source gives now; keep the data when resuming")
+            raise InputError(
+                f"checkpoint {path} was trained on other samples than data.source gives now; keep the data when resuming"
+            )
         ray.get(roles.learner.load.remote(str(path.resolve())))
         sampler.load_state_dict(state["sampler"])
         start = state["step"]

@@ -37,9 +37,13 @@ def prepare_output(folder: Path, needed_bytes: int, *, resume: bool, overwrite: 
         raise InputError(f"nothing to resume: {folder} holds no earlier run")
     if occupied and not resume:
         if not (folder / MARKER).exists():
-            raise InputError(f"output folder {folder} holds files that are not a run of plumbline; choose another with output=FOLDER")
+            raise InputError(
+                f"output folder {folder} holds files that are not a run of plumbline; choose another with output=FOLDER"
+            )
         if not overwrite:
-            raise InputError(f"output folder {folder} holds an earlier run; pass --resume, --overwrite, or another output=FOLDER")
+            raise InputError(
+                f"output folder {folder} holds an earlier run; pass --resume, --overwrite, or another output=FOLDER"
+            )
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +52,9 @@ def prepare_output(folder: Path, needed_bytes: int, *, resume: bool, overwrite: 
         probe.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise InputError(f"output folder {folder} cannot be written: {error.strerror}; choose another with output=FOLDER") from None
+        raise InputError(
+            f"output folder {folder} cannot be written: {error.strerror}; choose another with output=FOLDER"
+        ) from None
     if free < needed_bytes:
         raise InputError(
             f"output folder {folder} has {free / 1e9:.2f} GB free and the run may write {needed_bytes / 1e9:.2f} GB; "
@@ -59,7 +65,9 @@ def prepare_output(folder: Path, needed_bytes: int, *, resume: bool, overwrite: 
 def mark_run(config: RunConfig, kind: str) -> None:
     """Write config.yaml (as resolved) and run.json (what made it) into the folder."""
     folder = config.folder
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
     manifest = {
         "kind": kind,
         "name": config.name,

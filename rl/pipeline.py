@@ -163,8 +163,13 @@ def select(config: RunConfig, history: Path, full: TaskSet) -> Selected:
     target.mkdir(parents=True, exist_ok=True)
     (target / "lim_ids.txt").write_text("".join(f"{sample_id}\n" for sample_id in kept), encoding="utf-8")
     (target / "random_ids.txt").write_text("".join(f"{sample_id}\n" for sample_id in random), encoding="utf-8")
-    table = {sample_id: None if np.isnan(score) else float(score) for sample_id, score in zip(sample_ids, scores, strict=True)}
-    (target / "scores.json").write_text(json.dumps({"average": average.tolist(), "scores": table}, indent=1), encoding="utf-8")
+    table = {
+        sample_id: None if np.isnan(score) else float(score)
+        for sample_id, score in zip(sample_ids, scores, strict=True)
+    }
+    (target / "scores.json").write_text(
+        json.dumps({"average": average.tolist(), "scores": table}, indent=1), encoding="utf-8"
+    )
     return Selected(sample_ids, filled[usable], scores, average, kept, random, int((~usable).sum()))
 
 
@@ -174,7 +179,9 @@ def refuse_overlap(training: TaskSet, held_out: TaskSet) -> None:
     for sample_id in held_out:
         other = texts.get(held_out[sample_id].problem.problem.strip())
         if other is not None:
-            raise InputError(f"held-out problem {sample_id} is also training problem {other}; evaluation would not be held out")
+            raise InputError(
+                f"held-out problem {sample_id} is also training problem {other}; evaluation would not be held out"
+            )
 
 
 def accuracy_table(result: PipelineResult) -> Table:
@@ -200,7 +207,10 @@ def accuracy_table(result: PipelineResult) -> Table:
 def _evaluate(config: RunConfig, name: str, held_out: TaskSet, roles: Roles, console: Console) -> Evaluation:
     settings = config.evaluation
     sampling = Sampling(
-        settings.max_new_tokens or config.rollout.max_new_tokens, settings.temperature, settings.top_p, seed=config.seed + 1
+        settings.max_new_tokens or config.rollout.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        seed=config.seed + 1,
     )
     result = evaluate(name, held_out, roles, sampling, settings.completions_per_problem, config.folder / "evaluation")
     console.print(f"{name}: {result.accuracy} of {result.accuracy.n} held-out problems", highlight=False)

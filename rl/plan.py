@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from plumbline.models.config import PolicyConfig
 from plumbline.models.load import policy_config
 from plumbline.rl.config import RunConfig
 
@@ -68,7 +69,7 @@ def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
     )
 
 
-def count_parameters(shape: object) -> int:
+def count_parameters(shape: PolicyConfig) -> int:
     """Parameters of a policy configuration, without allocating them."""
     import torch
 
@@ -85,15 +86,24 @@ def print_plan(config: RunConfig, plan: Plan, samples: int, console: Console, *,
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("policy", f"{config.policy.path}, {plan.parameters / 1e6:.2f} M parameters, {learner.precision}, device {config.policy.device}")
+    table.add_row(
+        "policy",
+        f"{config.policy.path}, {plan.parameters / 1e6:.2f} M parameters, {learner.precision}, device {config.policy.device}",
+    )
     table.add_row("data", f"{config.data.source}: {samples:,} problems")
-    table.add_row("workers", f"{rollout.workers} rollout, {config.reward.workers} reward ({config.reward.processes_per_worker} process each), 1 learner")
+    table.add_row(
+        "workers",
+        f"{rollout.workers} rollout, {config.reward.workers} reward ({config.reward.processes_per_worker} process each), 1 learner",
+    )
     table.add_row(
         "step",
         f"{rollout.prompts_per_step} prompts x {rollout.completions_per_prompt} completions of at most {rollout.max_new_tokens} tokens "
         f"= at most {plan.tokens_per_step:,} tokens",
     )
-    table.add_row("work", f"{config.steps} steps, {plan.rollouts:,} rollouts, {config.algorithm.advantage}, learning rate {learner.learning_rate:g}")
+    table.add_row(
+        "work",
+        f"{config.steps} steps, {plan.rollouts:,} rollouts, {config.algorithm.advantage}, learning rate {learner.learning_rate:g}",
+    )
     table.add_row(
         "memory",
         f"at most about {plan.memory / 1e9:.2f} GB for tensors: learner {plan.learner / 1e9:.2f}, "

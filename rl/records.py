@@ -90,7 +90,9 @@ def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
     )
 
 
-def step_metrics(groups: list[Group], batch: TrainingBatch, rollout_seconds: float, step_seconds: float) -> dict[str, float]:
+def step_metrics(
+    groups: list[Group], batch: TrainingBatch, rollout_seconds: float, step_seconds: float
+) -> dict[str, float]:
     """Averages over the step's completions; seconds; completion tokens a second of rollout and grading."""
     rewards = [reward for group in groups for reward in group.rewards]
     correct = [value for group in groups for value in group.correct]

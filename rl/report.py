@@ -73,7 +73,14 @@ def accuracy_rows(result: PipelineResult) -> list[list[str]]:
         accuracy, spent = evaluation.accuracy, result.training[arm].rollouts
         total = spent + (result.training["prerun"].rollouts if arm == "lim" else 0)
         rows.append(
-            [arm, f"{result.samples[arm]:,}", f"{spent:,}", f"{total:,}", f"{accuracy.mean:.1%}", f"{accuracy.low:.1%} to {accuracy.high:.1%}"]
+            [
+                arm,
+                f"{result.samples[arm]:,}",
+                f"{spent:,}",
+                f"{total:,}",
+                f"{accuracy.mean:.1%}",
+                f"{accuracy.low:.1%} to {accuracy.high:.1%}",
+            ]
         )
     return rows
 

@@ -104,7 +104,9 @@ def keep_subset(problems: list[Problem], path: Path) -> list[Problem]:
     known = {problem.id for problem in problems}
     missing = [sample_id for sample_id in wanted if sample_id not in known]
     if missing and len(missing) < len(wanted):
-        raise InputError(f"data.subset {path}: {len(missing)} of {len(wanted)} ids are not in the data, first {missing[0]!r}")
+        raise InputError(
+            f"data.subset {path}: {len(missing)} of {len(wanted)} ids are not in the data, first {missing[0]!r}"
+        )
     chosen = set(wanted)
     kept = [problem for problem in problems if problem.id in chosen]
     if not kept:

@@ -28,7 +28,7 @@ def check(
     except (FileNotFoundError, ValueError) as error:
         raise InputError(str(error)) from None
     print(
-        f"{summary['decision']}: {summary['totals'].get('completions', 0)} completions, {summary['totals'].get('regraded', 0)} graded again"  # noqa: E501
+        f"{summary['decision']}: {summary['totals'].get('completions', 0)} completions, {summary['totals'].get('regraded', 0)} graded again"
     )
     for reason in summary["reasons"]:
         print(f"- {reason}")

@@ -9,8 +9,12 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="embedded, smollm2, a policy folder or checkpoint, or a hub id.", show_default=False)],
-    benchmarks: Annotated[str, typer.Option(help="Comma list of benchmark names, data files or hub ids.")] = "aime24,aime25,math500",
+    model: Annotated[
+        str, typer.Argument(help="embedded, smollm2, a policy folder or checkpoint, or a hub id.", show_default=False)
+    ],
+    benchmarks: Annotated[
+        str, typer.Option(help="Comma list of benchmark names, data files or hub ids.")
+    ] = "aime24,aime25,math500",
     limit: Annotated[int | None, typer.Option(min=1, help="First so many problems of each.")] = None,
     completions: Annotated[int, typer.Option(min=1, help="Completions a problem.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily.")] = 0.0,
@@ -22,7 +26,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default runs/evaluate-<model>.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace earlier results in the output folder.")
+    ] = False,
 ) -> None:
     """Answer benchmarks, grade the answers, and report accuracy with 95% intervals."""
     from rich.console import Console

@@ -12,7 +12,9 @@ def run(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/quickstart.yaml.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what an earlier run left in the output folder.")
+    ] = False,
 ) -> None:
     """Record a reward history, select with LIM, train full / random / LIM arms, evaluate, report."""
     from rich.console import Console

@@ -24,4 +24,6 @@ def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 def check_groups(rewards: Tensor) -> None:
     """Raise ValueError unless rewards is a floating [P, G] tensor with G >= 2."""
     if rewards.ndim != 2 or rewards.shape[1] < 2 or not torch.is_floating_point(rewards):
-        raise ValueError(f"rewards must be a float tensor [prompts, completions >= 2], got {rewards.dtype} {list(rewards.shape)}")
+        raise ValueError(
+            f"rewards must be a float tensor [prompts, completions >= 2], got {rewards.dtype} {list(rewards.shape)}"
+        )

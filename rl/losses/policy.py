@@ -60,7 +60,9 @@ def policy_loss(
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     if advantages.shape[0] != logprobs.shape[0] or advantages.shape[1] not in (1, logprobs.shape[1]):
-        raise ValueError(f"advantages must be [B] or [B, T] for B, T = {list(logprobs.shape)}, got {list(advantages.shape)}")
+        raise ValueError(
+            f"advantages must be [B] or [B, T] for B, T = {list(logprobs.shape)}, got {list(advantages.shape)}"
+        )
     inside = mask.to(logprobs.dtype)
     # Padding may hold anything, -inf included; zero it before any arithmetic can make a NaN of it.
     difference = torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))

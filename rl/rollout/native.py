@@ -59,7 +59,9 @@ class NativeEngine:
         with torch.no_grad():
             for name, parameter in own.items():
                 if parameter.shape != tensors[name].shape:
-                    raise ValueError(f"weights of another shape: {name} is {list(tensors[name].shape)}, not {list(parameter.shape)}")
+                    raise ValueError(
+                        f"weights of another shape: {name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
+                    )
                 parameter.copy_(tensors[name])
         self.version = version
 

@@ -31,12 +31,17 @@ def by_hand(gradients, lambda_abs, lambda_rel, beta, warmup):
 
 def make(seed=0):
     torch.manual_seed(seed)
-    return {"a": nn.Parameter(torch.zeros(4, dtype=torch.float64)), "b": nn.Parameter(torch.zeros(3, dtype=torch.float64))}
+    return {
+        "a": nn.Parameter(torch.zeros(4, dtype=torch.float64)),
+        "b": nn.Parameter(torch.zeros(3, dtype=torch.float64)),
+    }
 
 
 def test_matches_the_algorithm_and_resumes_from_its_state():
     parameters = make()
-    gradients = [{n: (torch.randn_like(p) * (10 if s == 7 else 1)).tolist() for n, p in parameters.items()} for s in range(12)]
+    gradients = [
+        {n: (torch.randn_like(p) * (10 if s == 7 else 1)).tolist() for n, p in parameters.items()} for s in range(12)
+    ]
     expected, gamma = by_hand(gradients, 1.0, 1.05, 0.9, 4)
     clipper = AdaptiveGradientClipper(parameters.items(), 1.0, 1.05, 0.9, 4)
     for step, grads in enumerate(gradients):
@@ -48,7 +53,9 @@ def test_matches_the_algorithm_and_resumes_from_its_state():
             parameter.grad = torch.tensor(grads[name], dtype=torch.float64)
         clipper.clip()
         for name, parameter in parameters.items():
-            torch.testing.assert_close(parameter.grad, torch.tensor(expected[step][name], dtype=torch.float64), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                parameter.grad, torch.tensor(expected[step][name], dtype=torch.float64), rtol=1e-5, atol=1e-7
+            )
     for name in parameters:
         assert clipper.gamma[name].item() == pytest.approx(gamma[name], rel=1e-5)
 
@@ -57,7 +64,9 @@ def test_a_zero_gradient_in_warmup_does_not_freeze_the_tensor():
     parameters = make()
     clipper = AdaptiveGradientClipper(parameters.items(), warmup_steps=2)
     for step in range(5):
-        parameters["a"].grad = torch.zeros(4, dtype=torch.float64) if step == 0 else torch.full((4,), 0.1, dtype=torch.float64)
+        parameters["a"].grad = (
+            torch.zeros(4, dtype=torch.float64) if step == 0 else torch.full((4,), 0.1, dtype=torch.float64)
+        )
         parameters["b"].grad = torch.full((3,), 0.1, dtype=torch.float64)
         clipper.clip()
     assert parameters["a"].grad.norm() > 0.15

@@ -23,7 +23,9 @@ def test_every_shipped_config_is_valid(path):
 
 def test_overrides_are_typed(tmp_path):
     path = write(tmp_path, "name: x\nlearner: {learning_rate: 0.1}\n")
-    config = load_config(path, ["learner.learning_rate=3e-5", "rollout.prompts_per_step=4", "data.levels=[1, 2]", "data.subset=null"])
+    config = load_config(
+        path, ["learner.learning_rate=3e-5", "rollout.prompts_per_step=4", "data.levels=[1, 2]", "data.subset=null"]
+    )
     assert config.learner.learning_rate == 3e-5
     assert config.rollout.prompts_per_step == 4
     assert config.data.levels == [1, 2]
@@ -34,7 +36,10 @@ def test_overrides_are_typed(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.prompts_per_stepp=4", "unknown key 'rollout.prompts_per_stepp'; the nearest valid key is 'rollout.prompts_per_step'"),
+        (
+            "rollout.prompts_per_stepp=4",
+            "unknown key 'rollout.prompts_per_stepp'; the nearest valid key is 'rollout.prompts_per_step'",
+        ),
         ("learnig_rate=1", "nearest valid key is 'learner.learning_rate'"),
         ("rolout.workers=1", "unknown key 'rolout'; the nearest valid key is 'rollout'"),
         ("rollout.workers=0", "rollout.workers"),

@@ -91,7 +91,9 @@ def test_a_run_leaves_everything_behind(straight, policy_path):
     assert all(row["learner/skipped_steps"] == 0 for row in metrics)
     # On policy and on one machine, the learner's log-probabilities are the rollout's.
     assert metrics[0]["learner/ratio_max"] == pytest.approx(1, abs=1e-4)
-    completions = [json.loads(line) for path in sorted((cfg.folder / "completions").glob("*.jsonl")) for line in path.open()]
+    completions = [
+        json.loads(line) for path in sorted((cfg.folder / "completions").glob("*.jsonl")) for line in path.open()
+    ]
     assert len(completions) == result.rollouts
     assert [row["sample_id"] for row in completions] == [row["sample_id"] for row in history]
     assert len(list((cfg.folder / "tensorboard").iterdir())) == 1
@@ -140,7 +142,7 @@ def test_a_checkpoint_of_another_shape_is_refused(straight, roles, tmp_path):
     coldstart.save(Policy(other), tokenizer, tmp_path / "other")
     cfg = config(str(tmp_path / "other"), tmp_path / "copy", steps=5)
     shutil.copytree(source.folder, cfg.folder)
-    with pytest.raises(InputError, match="of another shape: .*mlp"):
+    with pytest.raises(InputError, match=r"of another shape: .*mlp"):
         run(cfg, roles, resume=True)
 
 

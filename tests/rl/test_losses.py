@@ -59,7 +59,10 @@ def test_microbatches_add_up_to_the_whole(aggregation):
     whole, _ = policy_loss(logprobs, old, advantages, mask, LossConfig(aggregation=aggregation, max_length=9))
     normalizer = float(sum(LENGTHS)) if aggregation == "token" else 3.0
     config = LossConfig(aggregation=aggregation, max_length=9, normalizer=normalizer)
-    parts = [policy_loss(logprobs[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], config)[0] for i in range(3)]
+    parts = [
+        policy_loss(logprobs[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], config)[0]
+        for i in range(3)
+    ]
     torch.testing.assert_close(sum(parts), whole)
 
 

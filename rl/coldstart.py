@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -52,15 +52,16 @@ class Recipe:
         guess_accuracy: share of bare guesses that are right.
         vocab: largest vocabulary; the others are the policy's shape, as in PolicyConfig.
         card_problems: held-out problems that the card's accuracies are measured on.
+        families: of problems, see rl/procedural; those a policy of this size learns in minutes.
     """
 
     problems: int = 90_000
     batch: int = 128
     learning_rate: float = 2e-3
-    mixed_problems: int = 7_680
-    mixed_learning_rate: float = 3e-4
-    worked_share: float = 0.5
-    guess_accuracy: float = 0.3
+    mixed_problems: int = 6_400
+    mixed_learning_rate: float = 2e-4
+    worked_share: float = 0.65
+    guess_accuracy: float = 0.5
     vocab: int = 400
     hidden: int = 192
     intermediate: int = 512
@@ -106,7 +107,9 @@ def build(out: Path, seed: int = 0, recipe: Recipe | None = None) -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     made = f"in {(time.monotonic() - began) / 60:.0f} minutes on {where}, torch {torch.__version__}"
     count = recipe.card_problems
-    sampled, greedy = (measure(out, temperature=heat, problems=count, device=device) for heat in (1.0, 0.0))
+    sampled, greedy = (
+        measure(out, temperature=heat, problems=count, families=recipe.families, device=device) for heat in (1.0, 0.0)
+    )
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     card = model_card(sampled, greedy, recipe, seed=seed, parameters=parameters, made=made)
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -132,15 +135,23 @@ class Ability:
     tokens: float
 
 
-def measure(folder: Path, *, temperature: float, problems: int, seed: int = 1, device: str = "cpu") -> Ability:
-    """Answer `problems` held-out problems once each and grade them."""
+def measure(
+    folder: Path,
+    *,
+    temperature: float,
+    problems: int,
+    families: Sequence[str] | None = None,
+    seed: int = 1,
+    device: str = "cpu",
+) -> Ability:
+    """Answer `problems` held-out problems (of some families; None is all) once each and grade them."""
     from plumbline.rewards.workers import Grader
     from plumbline.rl.rollout.native import NativeEngine
     from plumbline.rl.text import Codec
 
     codec = Codec(str(folder))
     engine = NativeEngine(str(folder), attention=None, codec=codec, slots=512, device=device)
-    held_out = generate("heldout", problems, seed)
+    held_out = generate("heldout", problems, seed, families=list(families) if families else None)
     prompts = [
         Prompt(row, p.id, codec.encode(p.problem), p.problem, p.answer, key=row) for row, p in enumerate(held_out)
     ]
@@ -173,7 +184,7 @@ def model_card(sampled: Ability, greedy: Ability, recipe: Recipe, *, seed: int, 
     rows += [row("when it works", lambda a: a.when_worked), row("when it guesses", lambda a: a.when_guessed)]
     rows += [row("share that works", lambda a: a.worked)]
     table = "\n".join(rows)
-    settings = "\n".join(f"- {name}: {value:,}" for name, value in asdict(recipe).items())
+    settings = "\n".join(f"- {name}: {_shown(value)}" for name, value in asdict(recipe).items())
     return f"""---
 library_name: plumbline
 license: apache-2.0
@@ -343,3 +354,7 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     # The tiny policy was never shown an instruction: it gets the bare problem.
     style = {"template": "chat", "system": None, "instruction": ""}
     (out / "prompt.json").write_text(json.dumps(style, indent=2) + "\n", encoding="utf-8")
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else f"{value:,}"

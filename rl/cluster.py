@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def start_ray(config: RunConfig) -> bool:
     os.environ.setdefault("RAY_worker_niceness", "0")
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=True, logging_level="warning")
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         return True
     settings = config.ray
     ray.init(
@@ -35,7 +36,7 @@ def start_ray(config: RunConfig) -> bool:
         include_dashboard=settings.dashboard,
         dashboard_host="127.0.0.1",
         log_to_driver=True,
-        logging_level="warning",
+        logging_level=logging.WARNING,
     )
     return True
 
@@ -65,14 +66,17 @@ class Roles:
         """Start Ray and the actors; InputError when the cluster cannot hold them before the deadline."""
         roles = cls(config, start_ray(config))
         rollout, reward, settings = config.rollout, config.reward, config.learner
-        for number in range(rollout.workers):
+        # Ray adds `options` and `remote` to a decorated class; type checkers do not see them.
+        rollout_actor: Any = RolloutWorker
+        reward_actor: Any = RewardWorker
+        learner_actor: Any = LearnerWorker
+        for _ in range(rollout.workers):
             options: dict[str, Any] = {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker}
-            roles.rollout.append(RolloutWorker.options(**options).remote())
-            _ = number
+            roles.rollout.append(rollout_actor.options(**options).remote())
         for _ in range(reward.workers):
-            roles.reward.append(RewardWorker.options(num_cpus=reward.cpus_per_worker).remote(config))
+            roles.reward.append(reward_actor.options(num_cpus=reward.cpus_per_worker).remote(config))
         if learner:
-            roles.learner = LearnerWorker.options(num_cpus=settings.cpus, num_gpus=settings.gpus).remote()
+            roles.learner = learner_actor.options(num_cpus=settings.cpus, num_gpus=settings.gpus).remote()
         actors = [*roles.rollout, *roles.reward, *([roles.learner] if learner else [])]
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, pending = ray.wait(ready, num_returns=len(ready), timeout=config.ray.start_timeout_seconds)
@@ -130,6 +134,7 @@ class Roles:
                     f"{len(prompts) - received} of {len(prompts)} groups were not back after "
                     f"rollout.timeout_seconds = {self.config.rollout.timeout_seconds:g}"
                 )
+            item: Any
             for item in ready:
                 if item in grading:
                     grading.remove(item)

@@ -121,7 +121,7 @@ class Learner:
                     sums[key] += value.item() * share
         norm = self._clip()
         sums["learner/gradient_norm"] = norm
-        sums["learner/learning_rate"] = self.scheduler.get_last_lr()[0]
+        sums["learner/learning_rate"] = float(self.scheduler.get_last_lr()[0])
         sums["learner/skipped_steps"] = 0.0
         if math.isfinite(norm):
             self.optimizer.step()

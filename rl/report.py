@@ -11,7 +11,7 @@ import numpy as np
 from plumbline.rl.tasks import TaskSet
 from plumbline.rl.telemetry import read_metrics
 from plumbline.selection import figures
-from plumbline.selection.report import render_html
+from plumbline.selection.report import Section, render_html
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ def write_report(result: PipelineResult, full: TaskSet, path: Path) -> None:
     threshold = config.selection.threshold
     runs = {name: read_metrics(config.folder / name) for name in result.training}
     lim_cost = result.training["prerun"].rollouts
-    sections = [
+    sections: list[Section] = [
         {
             "title": "Held-out accuracy",
             "text": (

@@ -15,6 +15,7 @@ from plumbline.rl.batch import Completion, Group, Prompt, Sampling
 from plumbline.rl.rollout.sampler import draw, sequence_key
 
 if TYPE_CHECKING:
+    from plumbline.models.cache import PolicyCache
     from plumbline.rl.text import Codec
 
 
@@ -128,7 +129,7 @@ class NativeEngine:
 
     def _admit(
         self,
-        cache: object,
+        cache: PolicyCache,
         prompts: list[Prompt],
         completions: int,
         sampling: Sampling,

@@ -42,6 +42,6 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on [T, H, D] with cos, sin [T, 1, D]."""
+    """RoPE on [T, H, D] with cos, sin [T, 1, D]; keeps x's dtype (under autocast cos and sin are float32, x is not)."""
     half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+    return (x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin).to(x.dtype)

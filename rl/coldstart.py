@@ -55,7 +55,7 @@ class Recipe:
         families: of problems, see rl/procedural; those a policy of this size learns in minutes.
     """
 
-    problems: int = 90_000
+    problems: int = 240_000
     batch: int = 128
     learning_rate: float = 2e-3
     mixed_problems: int = 6_400

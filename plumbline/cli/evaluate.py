@@ -33,7 +33,7 @@ def evaluate(
     """Answer benchmarks, grade the answers, and report accuracy with 95% intervals."""
     from rich.console import Console
 
-    from plumbline.rl.launch import launch_evaluation
+    from plumbline.rl.evaluation.launch import launch_evaluation
 
     launch_evaluation(
         model,

@@ -15,11 +15,16 @@ from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig
 
 
-def _use_threads(threads: int | None) -> None:
-    """Ray sets OMP_NUM_THREADS from the booked CPU share; roles that take turns may use every core."""
+def _set_up(threads: int | None) -> None:
+    """Threads, and no progress bars of libraries in the driver's output.
+
+    Ray sets OMP_NUM_THREADS from the booked CPU share; roles that take turns may use every core.
+    """
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
+    logging.disable_progress_bar()
 
 
 @ray.remote
@@ -32,7 +37,7 @@ class RolloutWorker:
         from plumbline.rl.rollout.native import NativeEngine
         from plumbline.rl.text import Codec
 
-        _use_threads(config.rollout.threads_per_worker)
+        _set_up(config.rollout.threads_per_worker)
         path = policy_path or config.policy.path
         device = pick_device(config.policy.device)
         codec = Codec(path, overrides=config.prompt)
@@ -87,7 +92,7 @@ class LearnerWorker:
         from plumbline.rl.learner import Learner
         from plumbline.rl.text import Codec
 
-        _use_threads(config.learner.threads)
+        _set_up(config.learner.threads)
         device = pick_device(config.policy.device)
         self.learner = Learner(config, device)
         self.codec = Codec(config.policy.path, overrides=config.prompt)

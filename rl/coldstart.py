@@ -58,9 +58,9 @@ class Recipe:
     problems: int = 240_000
     batch: int = 128
     learning_rate: float = 2e-3
-    mixed_problems: int = 6_400
-    mixed_learning_rate: float = 2e-4
-    worked_share: float = 0.65
+    mixed_problems: int = 12_800
+    mixed_learning_rate: float = 3e-4
+    worked_share: float = 0.45
     guess_accuracy: float = 0.5
     vocab: int = 400
     hidden: int = 192

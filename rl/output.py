@@ -62,6 +62,15 @@ def prepare_output(folder: Path, needed_bytes: int, *, resume: bool, overwrite: 
         )
 
 
+def lost_with_the_job(folder: Path) -> str | None:
+    """A warning when the folder lies in the copy of the working directory that Ray makes for a job, and later deletes."""
+    if "working_dir_files" not in folder.resolve().parts:
+        return None
+    return (
+        f"warning: {folder} lies in the job's own copy of the working directory, which Ray deletes; set output=/FOLDER"
+    )
+
+
 def mark_run(config: RunConfig, kind: str) -> None:
     """Write config.yaml (as resolved) and run.json (what made it) into the folder."""
     folder = config.folder

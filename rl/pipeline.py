@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from plumbline.errors import InputError
 from plumbline.rl.batch import Sampling
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import RunConfig
-from plumbline.rl.evaluation import Evaluation, evaluate
+from plumbline.rl.evaluation import Evaluation, evaluate, finished_evaluation
 from plumbline.rl.loop import TrainingResult, train
 from plumbline.rl.memory import MemoryWatch
 from plumbline.rl.report import write_report
@@ -102,11 +103,10 @@ def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -
     held_out, _ = evaluation_tasks(config, codec)
     refuse_overlap(full, held_out)
     with MemoryWatch() as memory, Roles.start(config) as roles:
-        roles.begin_evaluation(config, None)
-        base = _evaluate(config, "base", held_out, roles, console)
+        base = _evaluate(config, "base", None, held_out, roles, console, resume)
 
         prerun = stage(config, "prerun", config.selection.prerun_steps)
-        training = {"prerun": train(prerun, roles, full, console, resume=resume)}
+        training = {"prerun": train_stage(prerun, roles, full, console, resume)}
         selected = select(config, prerun.folder / "history", full)
         console.print(
             f"LIM keeps {len(selected.kept)} of {len(selected.sample_ids)} samples at threshold {config.selection.threshold:g}; "
@@ -117,10 +117,8 @@ def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -
         chosen = {"full": list(full), "random": selected.random, "lim": selected.kept}
         for arm in ARMS:
             tasks = full.keep(chosen[arm])
-            arm_config = stage(config, arm, config.steps)
-            training[arm] = train(arm_config, roles, tasks, console, resume=resume)
-            roles.begin_evaluation(config, str(training[arm].policy))
-            result.arms[arm] = _evaluate(config, arm, held_out, roles, console)
+            training[arm] = train_stage(stage(config, arm, config.steps), roles, tasks, console, resume)
+            result.arms[arm] = _evaluate(config, arm, training[arm].policy, held_out, roles, console, resume)
             result.samples[arm] = len(tasks)
         result.peak_rss_mb = memory.peak_mb
     result.seconds = time.monotonic() - began
@@ -132,6 +130,29 @@ def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -
 def stage(config: RunConfig, name: str, steps: int) -> RunConfig:
     """The config of one training run inside the pipeline's folder."""
     return config.model_copy(update={"name": name, "output": str(config.folder / name), "steps": steps})
+
+
+def train_stage(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, resume: bool) -> TrainingResult:
+    """train(), unless `resume` finds its result: then that, with the seconds it took when it ran."""
+    record = config.folder / "result.json"
+    if resume and record.is_file():
+        tree = json.loads(record.read_text(encoding="utf-8"))
+        policy = config.folder / tree["policy"]
+        if tree["steps"] == config.steps and tree["samples"] == tasks.fingerprint and policy.is_dir():
+            console.print(f"{config.name}: finished before, {tree['steps']} steps", highlight=False)
+            return TrainingResult(policy, tree["steps"], tree["rollouts"], tree["seconds"])
+    result = train(config, roles, tasks, console, resume=resume)
+    tree = {
+        "policy": str(result.policy.relative_to(config.folder)),
+        "steps": result.steps,
+        "rollouts": result.rollouts,
+        "seconds": result.seconds,
+        "samples": tasks.fingerprint,
+    }
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, record)
+    return result
 
 
 def select(config: RunConfig, history: Path, full: TaskSet) -> Selected:
@@ -204,7 +225,16 @@ def accuracy_table(result: PipelineResult) -> Table:
     return table
 
 
-def _evaluate(config: RunConfig, name: str, held_out: TaskSet, roles: Roles, console: Console) -> Evaluation:
+def _evaluate(
+    config: RunConfig,
+    name: str,
+    policy: Path | None,
+    held_out: TaskSet,
+    roles: Roles,
+    console: Console,
+    resume: bool,
+) -> Evaluation:
+    """Evaluate a policy folder, or (None) the policy that the run starts from."""
     settings = config.evaluation
     sampling = Sampling(
         settings.max_new_tokens or config.rollout.max_new_tokens,
@@ -212,6 +242,11 @@ def _evaluate(config: RunConfig, name: str, held_out: TaskSet, roles: Roles, con
         settings.top_p,
         seed=config.seed + 1,
     )
-    result = evaluate(name, held_out, roles, sampling, settings.completions_per_problem, config.folder / "evaluation")
+    output, completions = config.folder / "evaluation", settings.completions_per_problem
+    label = str(policy.relative_to(config.folder)) if policy else config.policy.path
+    result = finished_evaluation(name, held_out, sampling, completions, output, label) if resume else None
+    if result is None:
+        roles.begin_evaluation(config, str(policy) if policy else None)
+        result = evaluate(name, held_out, roles, sampling, completions, output, policy=label)
     console.print(f"{name}: {result.accuracy} of {result.accuracy.n} held-out problems", highlight=False)
     return result

@@ -10,6 +10,7 @@ from rich.table import Table
 from plumbline.models.config import PolicyConfig
 from plumbline.models.load import policy_config
 from plumbline.rl.config import RunConfig
+from plumbline.rl.output import lost_with_the_job
 
 TRAINING_RUNS_OF_A_PIPELINE = 4
 
@@ -111,3 +112,5 @@ def print_plan(config: RunConfig, plan: Plan, samples: int, console: Console, *,
     )
     table.add_row("output", f"{config.folder}, at most about {plan.disk / 1e9:.2f} GB")
     console.print(table)
+    if warning := lost_with_the_job(config.folder):
+        console.print(f"[yellow]{warning}[/]", highlight=False)

@@ -55,6 +55,21 @@ class Evaluation:
             "per_problem": self.per_problem,
         }
 
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Evaluation:
+        """The inverse of as_dict."""
+        return cls(
+            name=tree["benchmark"],
+            accuracy=Interval(**tree["accuracy"]),
+            by_level={level: Interval(**interval) for level, interval in tree["by_level"].items()},
+            tokens=tree["mean_tokens"],
+            truncated=tree["truncated"],
+            no_answer=tree["no_answer"],
+            per_problem=tree["per_problem"],
+            seconds=tree["seconds"],
+            settings=tree["settings"],
+        )
+
 
 def evaluate(
     name: str,
@@ -64,6 +79,7 @@ def evaluate(
     completions: int,
     output: Path,
     *,
+    policy: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Answer every task `completions` times with the policy that the rollout workers hold.
@@ -77,6 +93,7 @@ def evaluate(
         sampling: temperature 0 answers greedily (then one completion is enough).
         completions: of each problem.
         output: folder, made if absent.
+        policy: whose answers these are, kept with the settings.
         progress: called with (answered, all) after each problem.
     """
     began = time.monotonic()
@@ -103,15 +120,35 @@ def evaluate(
     os.replace(partial, output / f"{name}.jsonl")
     groups.sort(key=lambda group: group.prompt.index)
     result = summarise(name, groups, tasks, time.monotonic() - began)
-    result.settings = {
+    result.settings = settings_of(policy, sampling, completions)
+    summary = output / f"{name}.json.partial"
+    summary.write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
+    os.replace(summary, output / f"{name}.json")
+    return result
+
+
+def settings_of(policy: str, sampling: Sampling, completions: int) -> dict[str, Any]:
+    """What decides an evaluation's answers, besides the problems."""
+    return {
+        "policy": policy,
         "completions_per_problem": completions,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
     }
-    (output / f"{name}.json").write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
-    return result
+
+
+def finished_evaluation(
+    name: str, tasks: TaskSet, sampling: Sampling, completions: int, output: Path, policy: str
+) -> Evaluation | None:
+    """What an earlier `evaluate` of the same policy, problems and settings left in `output`; None if there is none."""
+    path = output / f"{name}.json"
+    if not path.is_file():
+        return None
+    result = Evaluation.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    same = result.settings == settings_of(policy, sampling, completions) and set(result.per_problem) == set(tasks)
+    return result if same else None
 
 
 def completion_rows(group: Group) -> list[dict[str, Any]]:

@@ -8,29 +8,16 @@ import torch
 from rich.console import Console
 
 from plumbline.errors import InputError
-from plumbline.models.load import load_policy
+from plumbline.models.load import load_policy, load_tokenizer, policy_config
 from plumbline.models.policy import Policy
 from plumbline.rl import coldstart
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
 from plumbline.rl.loop import train
-from plumbline.rl.procedural import generate
 from plumbline.rl.tasks import training_tasks
 from plumbline.rl.telemetry import read_metrics
 from plumbline.rl.text import Codec
 from plumbline.selection.history import read_history
-
-RECIPE = coldstart.Recipe(vocab=300, hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, head_dim=16)
-
-
-@pytest.fixture(scope="module")
-def policy_path(tmp_path_factory):
-    """A random policy that boxes digits now and then is not needed: rewards come from the shaping below."""
-    torch.manual_seed(0)
-    tokenizer = coldstart.train_tokenizer(generate("train", 200, 0), RECIPE.vocab)
-    folder = tmp_path_factory.mktemp("policy")
-    coldstart.save(Policy(coldstart.policy_config(tokenizer, RECIPE)), tokenizer, folder)
-    return str(folder)
 
 
 def config(policy_path, output, **changes):
@@ -134,10 +121,10 @@ def test_a_damaged_checkpoint_is_passed_over(straight, policy_path, roles, tmp_p
         assert torch.equal(tensor, weights(again)[name]), name
 
 
-def test_a_checkpoint_of_another_shape_is_refused(straight, roles, tmp_path):
+def test_a_checkpoint_of_another_shape_is_refused(straight, policy_path, roles, tmp_path):
     source, _ = straight
-    tokenizer = coldstart.train_tokenizer(generate("train", 200, 0), RECIPE.vocab)
-    other = coldstart.policy_config(tokenizer, RECIPE)
+    tokenizer = load_tokenizer(policy_path)
+    other = policy_config(policy_path)
     other.intermediate_size = 64
     coldstart.save(Policy(other), tokenizer, tmp_path / "other")
     cfg = config(str(tmp_path / "other"), tmp_path / "copy", steps=5)

@@ -1,0 +1,104 @@
+"""`ray job submit --working-dir . -- plumbline train …` against a real head node, with token authentication on."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+ROOMS = ("plumbline", "rl", "models", "kernels", "rewards", "selection", "configs", "pyproject.toml")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Environment that reaches a head node of its own; the node goes with the test."""
+    # Ray's socket names must stay short.
+    scratch = Path("/tmp") / f"plumbline-job-{os.getpid()}"
+    scratch.mkdir()
+    home = tmp_path_factory.mktemp("home")
+    dashboard = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "HOME": str(home)}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
+    command += [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={scratch}"]
+    with (scratch / "head.log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            assert head.poll() is None, (scratch / "head.log").read_text()
+            assert time.monotonic() < deadline, (scratch / "head.log").read_text()
+            time.sleep(0.5)
+        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        processes = psutil.Process(head.pid).children(recursive=True)
+        for process in (psutil.Process(head.pid), *processes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the repository that says so in its version: what runs must be what was submitted."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ROOMS:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    version = folder / "plumbline" / "__init__.py"
+    version.write_text(version.read_text() + '\n__version__ += "+submitted"\n')
+    return folder
+
+
+def submit(cluster, checkout, *command):
+    call = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *command]
+    return subprocess.run(call, cwd=checkout, env=cluster, capture_output=True, text=True, timeout=400)
+
+
+def test_a_submitted_job_trains_with_the_submitted_code(cluster, checkout, tmp_path):
+    small = ["steps=1", "data.limit=4", "rollout.prompts_per_step=4", "rollout.completions_per_prompt=2"]
+    small += ["rollout.max_new_tokens=8", "learner.threads=1"]
+    result = submit(
+        cluster, checkout, "plumbline", "train", "configs/quickstart.yaml", *small, f"output={tmp_path}/run"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "step 1/1" in result.stdout
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["versions"]["plumbline"].endswith("+submitted")
+    assert (tmp_path / "run" / "checkpoints" / "step-000001" / "policy" / "model.safetensors").is_file()
+
+
+def test_bad_input_fails_the_job_with_its_line(cluster, checkout):
+    result = submit(cluster, checkout, "plumbline", "train", "configs/quickstart.yaml", "steps.x=1")
+    assert result.returncode != 0
+    assert "plumbline: " in result.stdout + result.stderr
+
+
+def test_the_cluster_refuses_a_client_without_the_token(cluster, checkout):
+    stranger = {key: value for key, value in cluster.items() if key != "RAY_AUTH_TOKEN"} | {"RAY_AUTH_MODE": "disabled"}
+    result = submit(stranger, checkout, "plumbline", "--version")
+    assert result.returncode != 0
+    assert "uthentication" in result.stdout + result.stderr

@@ -1,5 +1,5 @@
 """Evaluation: answering benchmarks, grading, figures with intervals, and repeating all of it from a manifest."""
 
-from plumbline.rl.evaluation.run import Evaluation, evaluate
+from plumbline.rl.evaluation.run import Evaluation, evaluate, finished_evaluation
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "finished_evaluation"]

@@ -187,13 +187,17 @@ def _converted(gguf: Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from plumbline.hub import hub_reason, quiet_hub
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        with quiet_hub():
+            return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"unknown model {name!r}: no such folder, and the hub does not give it ({_line(error)})"
+            f"unknown model {name!r}: no such folder, and the hub does not give it ({hub_reason(error)})"
         ) from None
 
 

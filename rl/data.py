@@ -299,11 +299,14 @@ def _datasets_folder(path: Path, split: str | None) -> Iterator[dict[str, Any]]:
 def _hub(name: str, config: str | None, split: str | None) -> Iterator[dict[str, Any]]:
     import datasets
 
+    from plumbline.hub import hub_reason, quiet_hub
+
     try:
-        loaded = datasets.load_dataset(name, config)
+        with quiet_hub():
+            loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the hub client raises a different type for every way of failing
         raise InputError(
-            f"data set {name} can be read neither as a local path nor from the hub: {_line(error)}"
+            f"data set {name} can be read neither as a local path nor from the hub: {hub_reason(error)}"
         ) from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = loaded[_pick_split(list(loaded), split, name)]

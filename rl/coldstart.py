@@ -88,24 +88,26 @@ NSA = {"block": 8, "stride": 4, "select_block": 8, "count": 4, "initial": 1, "lo
 def build(out: Path, seed: int = 0, recipe: Recipe | None = None) -> None:
     """Train the policy and write its folder: weights, config, tokenizer, prompt style, and a card of measured accuracy.
 
-    The same seed on the same kind of machine gives the same weights.
+    The same seed on the same kind of machine gives the same weights. The first stage takes most of the time; its end is
+    kept in out/worked.pt until the folder is whole, and a build that was stopped goes on from there.
     """
     recipe = recipe or Recipe()
     began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     # Cold start and mixed stage draw other problems than any run's training set: their own seeds.
     worked = list(stream("train", recipe.problems, seed + 1_000_003, recipe.families))
     tokenizer = train_tokenizer(worked[:20_000], recipe.vocab)
     policy = Policy(policy_config(tokenizer, recipe))
-    pairs = [(problem.problem, problem.solution) for problem in worked]
-    fit(policy, tokenizer, pairs, recipe.learning_rate, recipe.batch, seed, "worked solutions")
+    kept = out / "worked.pt"
+    spent = first_stage(policy, tokenizer, worked, recipe, seed, kept)
     mixed = stream("train", recipe.mixed_problems, seed + 2_000_003, recipe.families)
     demonstrations = list(mixed_demonstrations(mixed, recipe, seed))
     fit(policy, tokenizer, demonstrations, recipe.mixed_learning_rate, recipe.batch, seed, "mixed demonstrations")
     save(policy, tokenizer, out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    made = f"in {(time.monotonic() - began) / 60:.0f} minutes on {where}, torch {torch.__version__}"
+    made = f"in {(time.monotonic() - began + spent) / 60:.0f} minutes on {where}, torch {torch.__version__}"
     count = recipe.card_problems
     sampled, greedy = (
         measure(out, temperature=heat, problems=count, families=recipe.families, device=device) for heat in (1.0, 0.0)
@@ -113,6 +115,38 @@ def build(out: Path, seed: int = 0, recipe: Recipe | None = None) -> None:
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     card = model_card(sampled, greedy, recipe, seed=seed, parameters=parameters, made=made)
     (out / "README.md").write_text(card, encoding="utf-8")
+    kept.unlink()
+
+
+def first_stage(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerFast,
+    worked: list[ProceduralProblem],
+    recipe: Recipe,
+    seed: int,
+    kept: Path,
+) -> float:
+    """Fit `policy` to worked solutions, or take its weights from an earlier, stopped build of the same recipe and seed.
+
+    Returns the seconds that the earlier build had spent, 0 without one.
+    """
+    # The second stage and the card do not reach back into the first.
+    later = {"mixed_problems", "mixed_learning_rate", "worked_share", "guess_accuracy", "card_problems"}
+    key = repr((seed, torch.__version__, {k: v for k, v in asdict(recipe).items() if k not in later}))
+    if kept.is_file():
+        state = torch.load(kept, weights_only=True)
+        if state["key"] == key:
+            print(f"cold start: {kept} holds the end of the first stage", flush=True)
+            policy.load_state_dict(state["weights"])
+            return float(state["seconds"])
+    began = time.monotonic()
+    pairs = [(problem.problem, problem.solution) for problem in worked]
+    fit(policy, tokenizer, pairs, recipe.learning_rate, recipe.batch, seed, "worked solutions")
+    state = {"key": key, "seconds": time.monotonic() - began, "weights": policy.state_dict()}
+    partial = kept.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, kept)
+    return 0.0
 
 
 @dataclass(frozen=True)

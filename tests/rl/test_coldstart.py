@@ -92,11 +92,29 @@ def test_a_wrong_guess_is_wrong_and_looks_like_the_answer():
         assert sum(a != b for a, b in zip(guess, problem.answer, strict=True)) == 1
 
 
-def test_the_same_seed_gives_the_same_folder(built):
-    def digests(folder):
-        files = [path for path in sorted(folder.iterdir()) if path.name != "README.md"]  # it tells the time it took
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def digests(folder):
+    files = [path for path in sorted(folder.iterdir()) if path.name != "README.md"]  # it tells the time it took
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
+
+def test_a_stopped_build_goes_on_after_its_first_stage(built, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coldstart, "mixed_demonstrations", stop)
+        with pytest.raises(KeyboardInterrupt):
+            coldstart.build(tmp_path, 0, TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["worked.pt"]
+    stages = []
+    fit = coldstart.fit
+    monkeypatch.setattr(coldstart, "fit", lambda *a: (stages.append(a[-1]), fit(*a)))
+    coldstart.build(tmp_path, 0, TINY)
+    assert stages == ["mixed demonstrations"]
+    assert digests(tmp_path) == digests(built[0])
+
+
+def test_the_same_seed_gives_the_same_folder(built):
     first, again, other = map(digests, built)
     assert first == again
     assert first["model.safetensors"] != other["model.safetensors"]

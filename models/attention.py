@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,8 @@ class SparseAttention(Attention):
         self.phi_k_position = nn.Parameter(torch.zeros(heads, block, dim))
         self.phi_v_weight = nn.Parameter(torch.empty(shape))
         self.phi_v_position = nn.Parameter(torch.zeros(heads, block, dim))
+        # Adaptation looks at queries and keys here: called with (layer, q, k_cmp, k_slc, layout).
+        self.observer: Callable[[SparseAttention, Tensor, Tensor, Tensor, Layout], None] | None = None
         self.reset_phi()
 
     @torch.no_grad()
@@ -112,9 +115,10 @@ class SparseAttention(Attention):
             if self.nsa.phi == "mlp":
                 weight[:, self.nsa.block] = identity
 
-    @property
-    def phi(self) -> PhiParams:
-        return PhiParams(self.phi_k_weight, self.phi_k_position, self.phi_v_weight, self.phi_v_position)
+    def phi(self, dtype: torch.dtype) -> PhiParams:
+        """The compression map in the dtype of the keys (another one under autocast)."""
+        parts = (self.phi_k_weight, self.phi_k_position, self.phi_v_weight, self.phi_v_position)
+        return PhiParams(*(part.to(dtype) for part in parts))
 
     def gates(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, 3))
@@ -123,18 +127,24 @@ class SparseAttention(Attention):
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[NSACache, Tensor] | None
     ) -> Tensor:
         q, (cmp, slc, win) = self.project(x, cos, sin)
-        if store is not None:
-            cache, slots = store
-            cache.prefill(slots, cmp, slc, win, layout, self.phi)
-        out = native_sparse_attention(
-            q, cmp, slc, win, self.gates(x), layout.cu_seqlens, self.phi, self.nsa, layout=layout
-        )
+        gates = self.gates(x)
+        if self.observer is not None:
+            self.observer(self, q, cmp[0], slc[0], layout)
+        # The kernels fix their own precision: autocast would round the scores that choose blocks.
+        with torch.autocast(x.device.type, enabled=False):
+            phi = self.phi(q.dtype)
+            if store is not None:
+                cache, slots = store
+                cache.prefill(slots, cmp, slc, win, layout, phi)
+            out = native_sparse_attention(q, cmp, slc, win, gates, layout.cu_seqlens, phi, self.nsa, layout=layout)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: NSACache, plan: DecodePlan) -> Tensor:
         q, (cmp, slc, win) = self.project(x, cos, sin)
-        out = decode_step(q, cmp, slc, win, self.gates(x), cache, plan, self.phi)
+        gates = self.gates(x)
+        with torch.autocast(x.device.type, enabled=False):
+            out = decode_step(q, cmp, slc, win, gates, cache, plan, self.phi(q.dtype))
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 

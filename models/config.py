@@ -8,9 +8,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from plumbline.kernels.nsa import NSAConfig
 
-# Scalings whose frequencies depend on positions alone. `dynamic` and `longrope` depend on the longest sequence of
-# a batch, so a sequence's logits would depend on its neighbours, and cached keys would turn stale.
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# `dynamic` turns every key by the length of its whole sequence once that exceeds max_position_embeddings, so a cache
+# stops there (see Policy.new_cache). `longrope` has two sets of frequencies and no checkpoint of these families.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 # Architectures that load_policy understands, and what each adds to the common decoder.
 ARCHITECTURES: dict[str, dict[str, bool]] = {
@@ -66,6 +66,10 @@ class PolicyConfig(PretrainedConfig):
         self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(rope_parameters or {})}
         if self.rope_parameters["rope_type"] not in ROPE_TYPES:
             raise ValueError(f"rope_type must be {', '.join(ROPE_TYPES)}, got {self.rope_parameters['rope_type']!r}")
+        if self.rope_parameters.get("partial_rotary_factor") not in (None, 1.0):
+            raise ValueError(
+                f"partial_rotary_factor={self.rope_parameters['partial_rotary_factor']} is not supported, only whole heads"
+            )
         self.rms_norm_eps = rms_norm_eps
         if num_attention_heads % num_key_value_heads:
             raise ValueError(
@@ -96,10 +100,12 @@ def from_public(config: PretrainedConfig) -> PolicyConfig:
         raise ValueError(f"unknown architecture {kind!r}; supported: {', '.join([*ARCHITECTURES, 'plumbline'])}")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ValueError(f"{kind} with hidden_act={config.hidden_act!r} is not supported, only silu")
-    if getattr(config, "mlp_bias", False):
-        raise ValueError(f"{kind} with mlp_bias is not supported")
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError(f"{kind} with use_sliding_window is not supported")
+    for feature in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+        if getattr(config, feature, None):
+            raise ValueError(f"{kind} with {feature} is not supported")
+    others = sorted({name for name in getattr(config, "layer_types", None) or [] if name != "full_attention"})
+    if others:
+        raise ValueError(f"{kind} with layer_types {', '.join(others)} is not supported, only full_attention")
     shared = [
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
@@ -107,8 +113,6 @@ def from_public(config: PretrainedConfig) -> PolicyConfig:
     ]
     values: dict[str, Any] = {name: getattr(config, name, None) for name in shared}
     head_dim = getattr(config, "head_dim", None)
-    if getattr(config, "attention_bias", False):
-        raise ValueError(f"{kind} with attention_bias is not supported")
     values |= ARCHITECTURES[kind]
     return PolicyConfig(head_dim=head_dim, rope_parameters=dict(config.rope_parameters), **values)
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from plumbline.kernels.nsa import Layout
 from plumbline.models.attention import FullAttention, RMSNorm, SparseAttention
 from plumbline.models.cache import PolicyCache
 from plumbline.models.config import PolicyConfig
+from plumbline.models.generation import GenerationCache
 from plumbline.models.rope import Rope
 
 GROUP_TOKENS = 2048
@@ -84,7 +85,9 @@ class Decoder(nn.Module):
             starts = (position_ids.flatten() == 0).nonzero().squeeze(1)
             ends = F.pad(starts, (0, 1), value=batch * length).int()
             return self.run(input_ids.flatten(), ends).view(batch, length, -1)
-        if attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+        if attention_mask is None or (
+            bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()) and not self.rope.needs_lengths
+        ):
             # Padding on the right cannot be seen by what comes before it.
             ends = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
             return self.run(input_ids.flatten(), ends).view(batch, length, -1)
@@ -125,7 +128,8 @@ class Decoder(nn.Module):
             packed if packed.uniform else Layout(torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * length)
         )
         x = self.embed_tokens(ids)
-        cos, sin = self.rope(torch.arange(length, device=ids.device).repeat(batch), x.dtype)
+        positions = torch.arange(length, device=ids.device).repeat(batch)
+        cos, sin = self.rope(positions, x.dtype, packed.lengths.repeat_interleave(length))
         for number, layer in enumerate(self.layers):
             kept = (store[0].layers[number], store[1]) if store is not None else None
             if self.gradient_checkpointing and self.training and kept is None:
@@ -204,9 +208,14 @@ class Policy(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        past_key_values: GenerationCache | None = None,
+        use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> Tensor | CausalLMOutput:
-        """Packed (1-D input_ids with cu_seqlens) -> logits [T, vocab]; 2-D input_ids -> CausalLMOutput (see Decoder).
+    ) -> Tensor | CausalLMOutputWithPast:
+        """Packed (1-D input_ids with cu_seqlens) -> logits [T, vocab]; 2-D input_ids -> CausalLMOutputWithPast.
+
+        2-D input follows Decoder.read_batch. With past_key_values (`generate` makes it) input_ids holds all columns so
+        far, and only the last one's logits [B, 1, vocab] come back. use_cache says nothing beyond that.
 
         Raises ValueError for cu_seqlens or position_ids that do not fit.
         """
@@ -214,21 +223,44 @@ class Policy(PreTrainedModel, GenerationMixin):
             if cu_seqlens is None:
                 raise ValueError("packed input_ids [T] need cu_seqlens [B+1]")
             return self.lm_head(self.hidden_states(input_ids, cu_seqlens))
+        if past_key_values is not None:
+            logits = past_key_values.read(self, input_ids, attention_mask)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
         logits = self.lm_head(self.model.read_batch(input_ids, attention_mask, position_ids))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutput(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *_: Any, **kwargs: Any) -> dict[str, Tensor | None]:
-        """`generate` reads the whole sequence again for each token; prefill and decode are the fast way."""
-        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """transformers' caches hold one pair of keys and values a layer; ours is made below."""
+        return False
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *_: Any,
+        past_key_values: GenerationCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **__: Any,
+    ) -> dict[str, Any]:
+        """One step of `generate`: cached unless use_cache=False, which reads the whole sequence for each token."""
+        past = (past_key_values or GenerationCache()) if use_cache else None
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past}
 
     def hidden_states(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[T], [B+1] int32 -> [T, hidden] after the final norm."""
         return self.model.run(input_ids, cu_seqlens)
 
     def new_cache(self, slots: int, max_length: int) -> PolicyCache:
+        """Empty slots. ValueError: more tokens a slot than `dynamic` RoPE can decode (its keys turn with every token)."""
+        trained = self.config.max_position_embeddings
+        if self.model.rope.needs_lengths and max_length > trained:
+            raise ValueError(
+                f"rope_type dynamic cannot decode beyond max_position_embeddings ({trained}), asked for {max_length}"
+            )
         return PolicyCache(self.config, slots, max_length, dtype=self.dtype, device=self.device)
 
     def prefill(self, cache: PolicyCache, slots: Tensor, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

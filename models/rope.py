@@ -18,11 +18,24 @@ class Rope:
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
+        self.needs_lengths = config.rope_parameters["rope_type"] == "dynamic"
         self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [T] int64 -> cos, sin [T, 1, head_dim] in dtype."""
+    def __call__(self, positions: Tensor, dtype: torch.dtype, totals: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of each token.
+
+        Args:
+            positions: [T] int64.
+            dtype: of the result.
+            totals: [T] int64, tokens of the whole sequence that each token is in; what `dynamic` depends on beyond
+                max_position_embeddings. None: all are within.
+
+        Returns:
+            cos, sin [T, 1, head_dim].
+        """
         frequencies, factor = self._on(positions.device)
+        if totals is not None and self.needs_lengths:
+            frequencies = self._dynamic(totals)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), -1)[:, None]
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -31,14 +44,24 @@ class Rope:
         if device not in self._frequencies:
             parameters = self.config.rope_parameters
             kind = parameters["rope_type"]
-            if kind == "default":
-                dim = self.config.head_dim
-                exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-                frequencies, factor = 1.0 / parameters["rope_theta"] ** exponents, 1.0
+            if kind in ("default", "dynamic"):
+                frequencies, factor = 1.0 / parameters["rope_theta"] ** self._exponents(), 1.0
             else:
                 frequencies, factor = ROPE_INIT_FUNCTIONS[kind](self.config, torch.device("cpu"))
             self._frequencies[device] = (frequencies.float().to(device), factor)
         return self._frequencies[device]
+
+    def _exponents(self) -> Tensor:
+        dim = self.config.head_dim
+        return torch.arange(0, dim, 2, dtype=torch.float32) / dim
+
+    def _dynamic(self, totals: Tensor) -> Tensor:
+        """NTK-aware scaling: [T] -> [T, head_dim / 2]; the base grows with the length beyond the trained one."""
+        parameters, dim = self.config.rope_parameters, self.config.head_dim
+        factor, trained = parameters["factor"], self.config.max_position_embeddings
+        growth = factor * totals.clamp(min=trained).float() / trained - (factor - 1)
+        base = parameters["rope_theta"] * growth ** (dim / (dim - 2))
+        return 1.0 / base[:, None] ** self._exponents().to(totals.device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -54,9 +54,14 @@ CONFIGS = {
     ),
     "llama3-rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "linear-rope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+    "dynamic-rope": LlamaConfig(
+        **{**SHAPE, "max_position_embeddings": 64},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+    ),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen2-yarn": Qwen2Config(**SHAPE, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SHAPE, head_dim=24, tie_word_embeddings=True),
+    "qwen3-yarn": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False, rope_parameters=YARN),
 }
 
 
@@ -100,6 +105,31 @@ def test_logits_equal_transformers(kind, tmp_path):
     ids, ends = tokens(200)
     torch.testing.assert_close(policy(ids, ends), public(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
     assert not policy.training
+
+
+@torch.no_grad()
+def test_dynamic_rope_reads_each_sequence_by_its_own_length(tmp_path):
+    public = checkpoint("dynamic-rope", tmp_path)
+    policy = load_policy(tmp_path)
+    lengths = [150, 30, 65]
+    ids, _ = tokens(sum(lengths))
+    ends = torch.tensor([0, 150, 180, 245], dtype=torch.int32)
+    padded, mask = (torch.zeros(3, 150, dtype=torch.long) for _ in range(2))
+    for row, part in enumerate(ids.split(lengths)):
+        padded[row, : len(part)], mask[row, : len(part)] = part, 1
+    batched = policy(input_ids=padded, attention_mask=mask).logits[mask.bool()]
+    for logits in (policy(ids, ends), batched):
+        for part, own in zip(ids.split(lengths), logits.split(lengths), strict=True):
+            torch.testing.assert_close(own, public(part[None]).logits[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"dynamic cannot decode beyond max_position_embeddings \(64\)"):
+        policy.new_cache(1, 65)
+    cache = policy.new_cache(1, 64)
+    slot = torch.tensor([0])
+    policy.prefill(cache, slot, ids[:40], torch.tensor([0, 40], dtype=torch.int32))
+    for n in range(40, 64):
+        logits = policy.decode(cache, slot, ids[n : n + 1])
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path)  # transformers keeps the longest call's frequencies
+    torch.testing.assert_close(logits[0], fresh(ids[None, :64]).logits[0, -1], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -200,10 +230,22 @@ def test_unknown_architectures_are_refused(tmp_path):
         load_policy(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}])
-def test_features_without_a_counterpart_are_refused(change, tmp_path):
-    LlamaConfig(**SHAPE, **change).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=next(iter(change))):
+@pytest.mark.parametrize(
+    ("make", "change", "named"),
+    [
+        (LlamaConfig, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (LlamaConfig, {"attention_bias": True}, "attention_bias"),
+        (LlamaConfig, {"mlp_bias": True}, "mlp_bias"),
+        (Qwen3Config, {"attention_bias": True}, "attention_bias"),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "use_sliding_window"),
+        (Qwen3Config, {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
+        (LlamaConfig, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        (LlamaConfig, {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ],
+)
+def test_features_without_a_counterpart_are_refused(make, change, named, tmp_path):
+    make(**SHAPE, **change).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=named):
         policy_config(tmp_path)
 
 

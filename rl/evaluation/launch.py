@@ -17,6 +17,11 @@ from plumbline.rl.plan import make_plan
 from plumbline.rl.tasks import TaskSet, evaluation_tasks
 
 
+def evaluation_name(model: str) -> str:
+    """Name of a model's evaluation, and of its folder in runs/."""
+    return "evaluate-" + (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
+
+
 def launch_evaluation(
     model: str,
     benchmarks: list[str],
@@ -39,10 +44,9 @@ def launch_evaluation(
     from plumbline.rl.text import Codec
 
     if not benchmarks:
-        raise InputError("--benchmarks names nothing; for example aime24,math500")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model"
+        raise InputError("--benchmarks names nothing; for example aime24,math500, or --loss-on FILE")
     tree = {
-        "name": f"evaluate-{name}",
+        "name": evaluation_name(model),
         "output": str(output) if output else None,
         "seed": seed,
         "policy": {"path": model, "attention": attention, "device": device},

@@ -42,6 +42,8 @@ def run(monkeypatch, capsys, tmp_path):
         (["run", "run.yaml"], "evaluation.source is not set"),
         (["evaluate", "embedded", "--benchmarks", "aime1999"], "unknown benchmark or data source 'aime1999'"),
         (["evaluate", "no-such-model"], "unknown model 'no-such-model'"),
+        (["evaluate", "embedded", "--loss-on", "none.txt"], "text set none.txt does not exist"),
+        (["evaluate", "no-such-model", "--loss-on", "run.yaml"], "unknown file type '.yaml'"),
         (["select", "lim", "--history", "nowhere"], "nowhere"),
         (["check", "nowhere"], "nowhere"),
     ],

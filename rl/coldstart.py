@@ -232,7 +232,8 @@ knows nothing but the procedural problems of `rl/procedural`; ask it nothing els
 
 ## What it can do
 
-Held-out procedural problems, families and levels in equal shares, one completion each, up to 96 tokens, 95% intervals.
+Held-out procedural problems, one completion each, up to 96 tokens, 95% intervals. The easy levels hold few distinct
+problems, so the hard ones weigh more.
 
 | | temperature 1 | n | greedy | n |
 |---|---|---|---|---|

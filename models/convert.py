@@ -42,10 +42,22 @@ def convert(
     Raises:
         FileNotFoundError, ValueError: as load_policy; ValueError also if `out` holds anything.
     """
+    target = empty_target(out)
+    policy = load_policy(checkpoint, attention=attention, nsa=nsa, dtype=dtype)
+    save_folder(policy, checkpoint, target)
+    return policy
+
+
+def empty_target(out: str | Path) -> Path:
+    """The folder to write. ValueError if it holds anything or is a file."""
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; choose another output or remove it")
-    policy = load_policy(checkpoint, attention=attention, nsa=nsa, dtype=dtype)
+    return target
+
+
+def save_folder(policy: Policy, checkpoint: str | Path, target: Path) -> None:
+    """Write a policy with the tokenizer and companions of the checkpoint it came from; whole or not at all."""
     source = policy_folder(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,4 +72,3 @@ def convert(
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return policy

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from plumbline import __version__
+from plumbline.cli.adapt import adapt
 from plumbline.cli.build_embedded import build_embedded
 from plumbline.cli.check import check
 from plumbline.cli.convert import convert
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, train, select, evaluate, check, convert, scaling, build_embedded):
+for command in (run, train, select, evaluate, check, convert, adapt, scaling, build_embedded):
     app.command()(command)
 
 

@@ -1,0 +1,158 @@
+"""Dense, converted and adapted policy side by side: loss by position, needles found, and what adaptation did.
+
+    PYTHONPATH=. python benchmarks/long_context.py smollm2 --text ESSAYS --converted --adapt BOOKS --minutes 1
+
+Texts are files, or folders of .txt files. Without --converted and --adapt only the policy itself is measured.
+Lengths over --native are measured with the YaRN scaling that reaches them (arXiv 2309.00071), untrained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plumbline.models.adapt import Recipe, adapt, mean_gates
+from plumbline.models.load import load_policy, load_tokenizer
+from plumbline.models.longcontext import Estimate, find_needles, needles, read_tokens, token_losses, windows
+from plumbline.models.policy import Policy
+from plumbline.models.rope import Rope
+
+STARTED = time.perf_counter()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policy")
+    parser.add_argument("--text", nargs="+", type=Path, required=True)
+    parser.add_argument("--converted", action="store_true", help="also with NSA attention")
+    parser.add_argument("--adapt", nargs="+", type=Path, help="also adapted on these texts")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="contexts of the needle test")
+    parser.add_argument("--needles", type=int, default=100, help="questions a length; 0 leaves the test out")
+    parser.add_argument("--native", type=int, default=8192, help="longest context without scaling")
+    parser.add_argument("--window", type=int, default=8192, help="tokens of a window for the loss")
+    parser.add_argument("--windows", type=int, default=16, help="windows for the loss; 0 leaves it out")
+    parser.add_argument("--edges", nargs="+", type=int, default=[512, 1024, 2048, 4096], help="the loss is split here")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    recipe = Recipe()
+    for name in ("context", "tokens_per_step", "tokens_per_microbatch", "gate_steps", "all_steps"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(recipe, name))
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--out", type=Path, help="JSON lines")
+    return parser.parse_args()
+
+
+def files(paths: list[Path]) -> list[Path]:
+    return sorted(file for path in paths for file in (path.glob("*.txt") if path.is_dir() else [path]))
+
+
+def shown(value: Estimate, form: str) -> str:
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}] n={value.n}"
+
+
+def say(text: str) -> None:
+    print(f"{time.perf_counter() - STARTED:6.1f} s  {text}", flush=True)
+
+
+def scaled(policy: Policy, length: int, native: int) -> Policy:
+    """The policy with YaRN if the length needs it."""
+    parameters = {"rope_theta": policy.config.rope_parameters["rope_theta"], "rope_type": "default"}
+    if length > native:
+        parameters |= {"rope_type": "yarn", "factor": length / native, "original_max_position_embeddings": native}
+    policy.config.rope_parameters = parameters
+    policy.model.rope = Rope(policy.config)
+    return policy
+
+
+def measure(name: str, policy: Policy, tokenizer: Any, text: torch.Tensor, args: argparse.Namespace) -> list[dict]:
+    autocast = torch.bfloat16 if args.dtype == "bfloat16" else None
+    records: list[dict] = []
+    if args.windows:
+        losses = token_losses(scaled(policy, 1, 1), windows([text], args.window, args.windows), autocast=autocast)
+        for low, high in pairwise([0, *(edge for edge in args.edges if edge < args.window), args.window]):
+            # Column t is the loss of token t + 1.
+            part = Estimate.of(losses[:, max(low - 1, 0) : high - 1].mean(1))
+            records.append({"policy": name, "what": "loss", "from": low, "to": high, **vars(part)})
+            say(f"{name:10} loss of tokens {low:>5} to {high:>5}: {shown(part, '.4f')}")
+    for length in args.lengths if args.needles else []:
+        # Longer contexts cost more: the same number of tokens a length, from the native one on.
+        count = max(16, args.needles * min(args.native, length) // length)
+        questions = needles([text], tokenizer, length, count)
+        found, answer = find_needles(scaled(policy, length, args.native), questions, autocast=autocast)
+        share, nats = Estimate.of_share(int(found.sum()), len(found)), Estimate.of(answer)
+        depths = sorted({question.depth for question in questions})
+        by_depth = {
+            depth: found[[question.depth == depth for question in questions]].double().mean().item() for depth in depths
+        }
+        scaling = "yarn" if length > args.native else "none"
+        records.append(
+            {
+                **{"policy": name, "what": "needle", "length": length, "scaling": scaling, **vars(share)},
+                **{"answer_loss": vars(nats), "by_depth": by_depth},
+            }
+        )
+        say(f"{name:10} needle at {length:>5}: found {shown(share, '.1%')}, loss {shown(nats, '.3f')}")
+    scaled(policy, 1, 1)
+    return records
+
+
+def main() -> None:
+    args = arguments()
+    tokenizer = load_tokenizer(args.policy)
+    text = torch.cat(read_tokens(files(args.text), tokenizer))
+    where = {"dtype": torch.float32, "device": args.device}
+    policy = load_policy(args.policy, **where)
+    say(f"{args.policy} loaded, {policy.config.attention} attention; {len(text):,} tokens to measure on")
+    name = "dense" if policy.config.attention == "full" else "sparse"
+    records = measure(name, policy, tokenizer, text, args)
+    if args.converted or args.adapt:
+        del policy
+        policy = load_policy(args.policy, attention="nsa", **where)
+        if args.converted:
+            records += measure("converted", policy, tokenizer, text, args)
+    if args.adapt:
+        rows = windows(read_tokens(files(args.adapt), tokenizer), args.context)
+        names = ("context", "tokens_per_step", "tokens_per_microbatch", "gate_steps", "all_steps", "minutes")
+        recipe = Recipe(**{name: getattr(args, name) for name in names})
+        warm_up(policy, rows, recipe)
+        say(f"adapting on {len(rows)} windows of {args.context} tokens")
+        steps: list[dict] = []
+
+        def report(figures: dict) -> None:
+            steps.append({"what": "step", **figures})
+            if figures["step"] % 10 == 1:
+                say(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+
+        adapt(policy, rows, recipe, report)
+        records += steps
+        say(f"adapted: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
+        records += measure("adapted", policy, tokenizer, text, args)
+        autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")
+        with autocast:
+            gates = mean_gates(policy, rows[:2])
+        say("mean gates (cmp, slc, win): " + ", ".join(f"{value:.3f}" for value in gates.mean(0).tolist()))
+        records.append({"what": "gates", "layers": gates.tolist()})
+    if args.out:
+        card = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+        common = {"checkpoint": str(args.policy), "card": card, "torch": torch.__version__, "dtype": args.dtype}
+        args.out.write_text("".join(json.dumps({**common, **record}) + "\n" for record in records))
+
+
+def warm_up(policy: Policy, rows: torch.Tensor, recipe: Recipe) -> None:
+    """Compile what training will need before its clock runs."""
+    count = recipe.tokens_per_microbatch // recipe.context
+    ids = rows[:count].flatten().to(policy.device)
+    ends = torch.arange(count + 1, dtype=torch.int32, device=ids.device) * recipe.context
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda"):
+        policy.hidden_states(ids, ends).float().square().mean().backward()
+    policy.zero_grad(set_to_none=True)
+
+
+if __name__ == "__main__":
+    main()

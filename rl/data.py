@@ -60,6 +60,7 @@ class DataReport:
         kept: problems that remain.
         empty_golds, missing, duplicate_ids: rows dropped, by reason. `missing` names the field.
         same_text: (row, earlier row) with one statement under two ids; both are kept.
+        too_long, max_prompt_tokens: ids of kept rows whose prompts are longer than that, which no run will see.
     """
 
     source: str
@@ -69,6 +70,8 @@ class DataReport:
     missing: list[tuple[int, str]] = field(default_factory=list)
     duplicate_ids: list[tuple[int, int]] = field(default_factory=list)
     same_text: list[tuple[int, int]] = field(default_factory=list)
+    too_long: list[str] = field(default_factory=list)
+    max_prompt_tokens: int = 0
 
     def lines(self) -> list[str]:
         """For a person: one line for the set, one for each kind of trouble."""
@@ -83,7 +86,10 @@ class DataReport:
             out.append(f"  {len(self.duplicate_ids)} duplicate ids dropped: rows {_shown(pairs)}")
         if self.same_text:
             pairs = [f"{row} (as {first})" for row, first in self.same_text]
-            out.append(f"  {len(self.same_text)} problems stand under two ids, kept: rows {_shown(pairs)}")
+            out.append(f"  {len(self.same_text)} problem(s) stand under two ids, kept: rows {_shown(pairs)}")
+        if self.too_long:
+            limit = f"prompt.max_tokens = {self.max_prompt_tokens}"
+            out.append(f"  {len(self.too_long)} prompts over {limit} dropped: ids {_shown(self.too_long)}")
         return out
 
 

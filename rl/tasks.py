@@ -26,17 +26,17 @@ class TaskSet:
     Args:
         problems: with unique ids.
         codec: encodes their prompts.
-        max_prompt_tokens: longer prompts are dropped; their number is `too_long`.
+        max_prompt_tokens: longer prompts are dropped; their ids are `too_long`.
         source: named in errors.
     """
 
     def __init__(self, problems: list[Problem], codec: Codec, max_prompt_tokens: int, source: str) -> None:
         encoded = [Task(problem, codec.encode(problem.problem)) for problem in problems]
         self.tasks = {task.problem.id: task for task in encoded if len(task.token_ids) <= max_prompt_tokens}
-        self.too_long = len(problems) - len(self.tasks)
+        self.too_long = [problem.id for problem in problems if problem.id not in self.tasks]
         if not self.tasks:
             raise InputError(
-                f"{source} leaves no problem to work on ({len(problems)} read, {self.too_long} with prompts over prompt.max_tokens = {max_prompt_tokens})"
+                f"{source} leaves no problem to work on ({len(problems)} read, {len(self.too_long)} with prompts over prompt.max_tokens = {max_prompt_tokens})"
             )
 
     def __getitem__(self, sample_id: str) -> Task:
@@ -69,7 +69,7 @@ def training_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataReport
     problems, report = read_problems(config.data)
     if config.data.subset is not None:
         problems = keep_subset(problems, Path(config.data.subset))
-    return TaskSet(problems, codec, config.prompt.max_tokens, config.data.source), report
+    return _tasks(problems, codec, config, config.data.source, report)
 
 
 def evaluation_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataReport]:
@@ -77,7 +77,15 @@ def evaluation_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataRepo
     if config.evaluation.source is None:
         raise InputError("evaluation.source is not set: name a benchmark or a data source")
     problems, report = read_problems(config.evaluation)
-    return TaskSet(problems, codec, config.prompt.max_tokens, config.evaluation.source), report
+    return _tasks(problems, codec, config, config.evaluation.source, report)
+
+
+def _tasks(
+    problems: list[Problem], codec: Codec, config: RunConfig, source: str, report: DataReport
+) -> tuple[TaskSet, DataReport]:
+    tasks = TaskSet(problems, codec, config.prompt.max_tokens, source)
+    report.too_long, report.max_prompt_tokens = tasks.too_long, config.prompt.max_tokens
+    return tasks, report
 
 
 def read_problems(section: DataSection | EvaluationSection) -> tuple[list[Problem], DataReport]:

@@ -11,7 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from plumbline.errors import InputError
+from plumbline.rl.config import parse_config
 from plumbline.rl.data import BENCHMARKS, load_problems
+from plumbline.rl.tasks import training_tasks
+from plumbline.rl.text import Codec
 
 SHARED = Path(os.environ.get("PLUMBLINE_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 ROWS = [
@@ -173,7 +176,7 @@ def test_hub_ids_go_through_datasets(monkeypatch):
     assert load_problems("gsm8k")[0][0].answer == "2"
     assert asked == [("owner/set-v1.5", None), ("owner/set", "part"), (BENCHMARKS["gsm8k"][1], "main")]
     message = one_line(load_problems, "owner/none")
-    assert "data set owner/none can be read neither as a local path nor from the hub: no route to host" in message
+    assert "data set owner/none can be read neither as a local path nor from the hub: the hub cannot be reached, and it is not in the cache" in message
 
 
 def test_benchmarks_come_from_the_data_folder_when_it_is_set(tmp_path, monkeypatch):
@@ -225,3 +228,14 @@ def test_the_benchmarks(monkeypatch, name, count):
     monkeypatch.setenv("PLUMBLINE_DATA", str(SHARED))
     problems, report = load_problems(name)
     assert len(problems) == report.rows == count
+
+
+def test_long_prompts_are_dropped_and_named(tmp_path):
+    rows = [{"id": f"p{i}", "problem": "1+1=" * (1 + 40 * (i == 2)), "answer": "2"} for i in range(4)]
+    source = lines(tmp_path / "x.jsonl", rows)
+    config = parse_config(
+        {"name": "x", "policy": {"path": "embedded"}, "data": {"source": source}, "prompt": {"max_tokens": 30}}
+    )
+    tasks, report = training_tasks(config, Codec("embedded"))
+    assert list(tasks) == ["p0", "p1", "p3"]
+    assert report.lines()[-1] == "  1 prompts over prompt.max_tokens = 30 dropped: ids p2"

@@ -80,7 +80,7 @@ def test_adapt(run, dense, tmp_path):
     arguments += ["--tokens-per-step", 2560, "--tokens-per-microbatch", 1280, "--device", "cpu"]
     code, out, error = run("adapt", dense, "adapted", "--text", "texts", *arguments)
     assert code == 0, error
-    assert "7,677 tokens of training" in out
+    assert "7,674 tokens of training" in out
     records = [json.loads(line) for line in (tmp_path / "adapted" / "adaptation.jsonl").read_text().splitlines()]
     assert [(record["stage"], record["step"]) for record in records] == [(1, 1), (2, 1), (2, 2)]
     policy = load_policy(tmp_path / "adapted")

@@ -1,0 +1,89 @@
+"""Attention from pages equals attention on whole sequences, whatever the chunks, the pages and the company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plumbline.kernels.nsa import NSAConfig, PhiParams, native_sparse_attention
+from plumbline.models.vllm import paged
+
+HEADS, KV_HEADS, DIM = 6, 2, 8
+
+
+def params(config: NSAConfig) -> PhiParams:
+    block = config.block
+    shape = {"linear": (block, DIM, DIM), "mean": (block,), "mlp": (block + 1, DIM, DIM)}[config.phi]
+    parts = [torch.randn(KV_HEADS, *size) / 4 for size in (shape, (block, DIM), shape, (block, DIM))]
+    return PhiParams(*parts)
+
+
+def make_pages(sequences: int, length: int, size: int, per_entry: int = 1) -> paged.Pages:
+    """Pages in random order, full of garbage."""
+    entries = -(-length // per_entry)
+    columns = -(-entries // size)
+    table = (torch.randperm(sequences * columns) + 1).view(sequences, columns)
+    return paged.Pages(torch.full((sequences * columns + 1, KV_HEADS, size, 2 * DIM), torch.nan), table, DIM)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        NSAConfig(block=8, stride=4, select_block=8, count=4, window=16),
+        NSAConfig(block=4, stride=4, select_block=8, count=5, local=1, window=5, phi="mlp"),
+        NSAConfig(block=12, stride=4, select_block=16, count=3, window=100, phi="mean", scale=0.2),
+    ],
+    ids=["linear", "mlp", "mean"],
+)
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [[90], [3], [61]],
+        [[1] * 90, [1] * 3, [1] * 61],
+        [[40, 1, 1, 30, 18], [2, 1], [0, 0, 60, 1]],
+    ],
+    ids=["whole", "one by one", "mixed"],
+)
+def test_pages_equal_whole_sequences(config, chunks, monkeypatch):
+    monkeypatch.setattr(paged, "SCORES_AT_ONCE", 6 * 90 * 20)  # chunks of queries, too
+    torch.manual_seed(0)
+    lengths = [sum(parts) for parts in chunks]
+    total = sum(lengths)
+    q, gates = torch.randn(total, HEADS, DIM), torch.rand(total, HEADS, 3)
+    pairs = [(torch.randn(total, KV_HEADS, DIM), torch.randn(total, KV_HEADS, DIM)) for _ in range(3)]
+    phi = params(config)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    whole = native_sparse_attention(q, *pairs, gates, ends, phi, config)
+
+    pages = paged.Branches(
+        make_pages(3, 90, 8), make_pages(3, 90, 24), make_pages(3, 90, 8), make_pages(3, 90, 6, config.stride)
+    )
+    done = [0, 0, 0]
+    for number in range(max(map(len, chunks))):
+        news = [parts[number] if number < len(parts) else 0 for parts in chunks]
+        rows = torch.cat([ends[i] + done[i] + torch.arange(new) for i, new in enumerate(news)]).long()
+        done = [have + new for have, new in zip(done, news, strict=True)]
+        step = paged.Step([0, *torch.tensor(news).cumsum(0).tolist()], done, config, q.device)
+        kv = [(k[rows], v[rows]) for k, v in pairs]
+        out = paged.paged_attention(q[rows], *kv, gates[rows], pages, step, phi)
+        torch.testing.assert_close(out, whole[rows], atol=1e-5, rtol=1e-4)
+    assert done == lengths
+
+
+def test_a_page_of_compressed_keys_depends_on_no_later_token():
+    config = NSAConfig(block=8, stride=4, select_block=8, count=4, window=16)
+    torch.manual_seed(0)
+    phi, stores = params(config), []
+    prefix = [torch.randn(32, KV_HEADS, DIM) for _ in range(2)]
+    for _ in range(2):
+        rest = [torch.randn(20, KV_HEADS, DIM) for _ in range(2)]
+        k, v = (torch.cat(pair) for pair in zip(prefix, rest, strict=True))
+        pages = paged.Branches(*(make_pages(1, 52, size, per) for size, per in ((8, 1), (8, 1), (8, 1), (4, 4))))
+        q, gates = torch.randn(52, HEADS, DIM), torch.rand(52, HEADS, 3)
+        step = paged.Step([0, 52], [52], config, q.device)
+        paged.paged_attention(q, (k, v), (k, v), (k, v), gates, pages, step, phi)
+        stores.append(pages.blocks.store[pages.blocks.table[0]])
+    # Two pages of four entries cover the 32 tokens both have; the first entry of all is never used.
+    assert torch.equal(stores[0][:2].nan_to_num(), stores[1][:2].nan_to_num())
+    assert not torch.equal(stores[0][2], stores[1][2])
+    assert stores[0][:2].isnan().any(-1).sum() == KV_HEADS

@@ -25,8 +25,8 @@ class Precise:
         return x, mpmath.mpf(0) if whole else abs(x) * self.eps
 
     def call(self, name: str, *x: Any) -> Any:
-        function = {"sin": mpmath.sin, "cos": mpmath.cos, "exp": mpmath.exp, "ln": mpmath.log, "arcsin": mpmath.asin, "arccos": mpmath.acos,  # noqa: E501
-                    "arctan": mpmath.atan, "sinh": mpmath.sinh, "cosh": mpmath.cosh, "gamma": mpmath.gamma, "power": mpmath.power}[name]  # fmt: skip  # noqa: E501
+        function = {"sin": mpmath.sin, "cos": mpmath.cos, "exp": mpmath.exp, "ln": mpmath.log, "arcsin": mpmath.asin, "arccos": mpmath.acos,
+                    "arctan": mpmath.atan, "sinh": mpmath.sinh, "cosh": mpmath.cosh, "gamma": mpmath.gamma, "power": mpmath.power}[name]  # fmt: skip
         try:
             return mpmath.mpc(function(*x))
         except (OverflowError, ValueError, ZeroDivisionError):

@@ -2,7 +2,7 @@
 
 Comparisons answer True, False or None: None means that exact forms and double precision cannot tell, and that the grading
 child must compare at high precision (`deep`).
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -411,7 +411,7 @@ class Comparison:
     # -- sets of real numbers -----------------------------------------------------------------------------------
 
     def sets(self, a: Answer, g: Answer) -> Truth:
-        """Whether both are the same set of real numbers: intervals, unions, inequalities in one name, excluded points."""  # noqa: E501
+        """Whether both are the same set of real numbers: intervals, unions, inequalities in one name, excluded points."""
         if not (_set_like(a) and _set_like(g)):
             return False
         name_a, name_g = _set_name(a), _set_name(g)

@@ -24,13 +24,13 @@ class Token(NamedTuple):
 
 
 _UNICODE = {
-    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ",  # noqa: E501
-    "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ", "θ": "\\theta ", "°": "^\\circ ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "½": "\\frac{1}{2}",  # noqa: E501
-    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "²": "^2", "³": "^3", "⁴": "^4", "∪": "\\cup ",  # noqa: E501
-    "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "±": "\\pm ", "∓": "\\mp ", "′": "'", "’": "'",  # noqa: E501
-    "，": ",", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "…": "...", "≈": "\\approx ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",  # noqa: E501
-    "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle ", "∠": "\\angle ", "⁰": "^0", "¹": "^1", "€": "\\euro ", "£": "\\pounds ",  # noqa: E501
-    "¥": "\\yen ", "¢": "\\cent ", "∖": "\\setminus ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ",  # noqa: E501
+    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ",
+    "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ", "θ": "\\theta ", "°": "^\\circ ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "½": "\\frac{1}{2}",
+    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "²": "^2", "³": "^3", "⁴": "^4", "∪": "\\cup ",
+    "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "±": "\\pm ", "∓": "\\mp ", "′": "'", "’": "'",
+    "，": ",", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "…": "...", "≈": "\\approx ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
+    "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle ", "∠": "\\angle ", "⁰": "^0", "¹": "^1", "€": "\\euro ", "£": "\\pounds ",
+    "¥": "\\yen ", "¢": "\\cent ", "∖": "\\setminus ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ",
 }  # fmt: skip
 _TRANSLATE = str.maketrans(_UNICODE)
 _GROUP_COMMA = re.compile(r",\s?\\!\s?|\{,\\!\}|\{,\}")
@@ -42,18 +42,18 @@ _LEFT_BAR = re.compile(r"\\left\s?\|")
 _RIGHT_BAR = re.compile(r"\\right\s?\|")
 _NULL_DELIMITER = re.compile(r"\\(?:left|right)\s?\.")
 _SAME = {
-    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\dbinom": "\\binom", "\\tbinom": "\\binom", "\\leq": "\\le",  # noqa: E501
-    "\\geq": "\\ge", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\neq": "\\ne", "\\lt": "<", "\\gt": ">", "\\times": "*", "\\cdot": "*",  # noqa: E501
-    "\\ast": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\rbrack": "]", "\\lparen": "(", "\\rparen": ")",  # noqa: E501
-    "\\varnothing": "\\emptyset", "\\%": "%", "\\colon": ":", "\\land": "\\and", "\\lor": "\\or", "\\wedge": "\\and", "\\vee": "\\or",  # noqa: E501
-    "\\vert": "|", "\\mid": "|", "\\dots": "\\ldots", "\\cdots": "\\ldots", "\\bar": "\\overline", "\\imath": "i", "\\degree": "\\degree",  # noqa: E501
-    "\\varphi": "\\phi", "\\varepsilon": "\\epsilon", "\\backslash": "\\setminus", "\\union": "\\cup", "\\intersection": "\\cap",  # noqa: E501
-    "\\colonequals": "=", "\\equiv": "\\equiv", "\\infin": "\\infty", "\\R": "\\reals", "\\&": "\\amp", "\\#": "\\hash", "\\prime": "'",  # noqa: E501
-    "\\sim": "\\approx", "\\simeq": "\\approx", "\\to": "\\rightarrow", "\\implies": "\\Rightarrow", "\\lVert": "\\|", "\\rVert": "\\|",  # noqa: E501
+    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\dbinom": "\\binom", "\\tbinom": "\\binom", "\\leq": "\\le",
+    "\\geq": "\\ge", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\neq": "\\ne", "\\lt": "<", "\\gt": ">", "\\times": "*", "\\cdot": "*",
+    "\\ast": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\rbrack": "]", "\\lparen": "(", "\\rparen": ")",
+    "\\varnothing": "\\emptyset", "\\%": "%", "\\colon": ":", "\\land": "\\and", "\\lor": "\\or", "\\wedge": "\\and", "\\vee": "\\or",
+    "\\vert": "|", "\\mid": "|", "\\dots": "\\ldots", "\\cdots": "\\ldots", "\\bar": "\\overline", "\\imath": "i", "\\degree": "\\degree",
+    "\\varphi": "\\phi", "\\varepsilon": "\\epsilon", "\\backslash": "\\setminus", "\\union": "\\cup", "\\intersection": "\\cap",
+    "\\colonequals": "=", "\\equiv": "\\equiv", "\\infin": "\\infty", "\\R": "\\reals", "\\&": "\\amp", "\\#": "\\hash", "\\prime": "'",
+    "\\sim": "\\approx", "\\simeq": "\\approx", "\\to": "\\rightarrow", "\\implies": "\\Rightarrow", "\\lVert": "\\|", "\\rVert": "\\|",
 }  # fmt: skip
-_TEXT = {"\\text", "\\textbf", "\\textit", "\\textrm", "\\textnormal", "\\textsf", "\\texttt", "\\mbox", "\\mathrm", "\\operatorname", "\\hbox", "\\emph", "\\textsc", "\\textup", "\\mathsf", "\\unit"}  # fmt: skip  # noqa: E501
+_TEXT = {"\\text", "\\textbf", "\\textit", "\\textrm", "\\textnormal", "\\textsf", "\\texttt", "\\mbox", "\\mathrm", "\\operatorname", "\\hbox", "\\emph", "\\textsc", "\\textup", "\\mathsf", "\\unit"}  # fmt: skip
 _SIGNS = {"cis", "\\euro", "\\dollar", "\\pounds", "\\yen", "%", "\\%"}
-_FONT = {"\\mathbf", "\\boldsymbol", "\\mathit", "\\bm", "\\vec", "\\hat", "\\mathcal", "\\boxed", "\\fbox", "\\underline", "\\overrightarrow", "\\ensuremath"}  # fmt: skip  # noqa: E501
+_FONT = {"\\mathbf", "\\boldsymbol", "\\mathit", "\\bm", "\\vec", "\\hat", "\\mathcal", "\\boxed", "\\fbox", "\\underline", "\\overrightarrow", "\\ensuremath"}  # fmt: skip
 _SCAN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:!> ]|\\\n)+)"
     r"|(?P<rep>[0-9]*\.[0-9]*(?:\\overline|\\bar)\s?(?:\{[0-9]+\}|[0-9])(?:\s?(?:\.\.\.|\\l?dots|\\cdots))?"
@@ -143,7 +143,7 @@ def tokenize(text: str) -> list[Token]:
 
 
 FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log", "lg", "exp", "max", "min",  # noqa: E501
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log", "lg", "exp", "max", "min",
     "gcd", "lcm", "sqrt", "arccot", "arcsec", "arccsc", "Re", "Im", "cis", "mod", "det", "sgn", "abs",
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ root, "f:..." a function of a normal form, "g:b^m" the base b to the power m. Pr
 the rationals (Besicovitch 1940), so two forms made of them alone are equal exactly when they are the same.
 
 Work is bounded: what would take too long raises TooHard and is compared numerically instead.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Double:
             return complex(math.gamma(x[0].real))
         if name == "power":
             return x[0] ** x[1]
-        return {"sin": cmath.sin, "cos": cmath.cos, "exp": cmath.exp, "ln": cmath.log, "arcsin": cmath.asin, "arccos": cmath.acos,  # noqa: E501
+        return {"sin": cmath.sin, "cos": cmath.cos, "exp": cmath.exp, "ln": cmath.log, "arcsin": cmath.asin, "arccos": cmath.acos,
                 "arctan": cmath.atan, "sinh": cmath.sinh, "cosh": cmath.cosh}[name](x[0])  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Nodes: ("num", Fraction), ("sym", name), ("const", "pi" | "e" | "i" | "inf"), ("add", a, b, ...), ("mul", a, b, ...), ("neg", a),
 ("div", a, b), ("pow", a, b), ("fn", name, a, ...), ("deg", a) for an angle in degrees.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Node = tuple
 MAX_DEPTH = 60
 MAX_FACTORS = 100
 _GREEK = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau",  # noqa: E501
-    "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega", "ell", "vartheta",  # noqa: E501
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau",
+    "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega", "ell", "vartheta",
 }  # fmt: skip
 _ALIAS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc"}

@@ -1,5 +1,5 @@
 """What kind of answer a text is: a number or expression, a list, a tuple or interval, a union, a matrix, a relation, a base
-numeral, a time of day, a choice, or words."""  # noqa: E501
+numeral, a time of day, a choice, or words."""
 
 from __future__ import annotations
 
@@ -106,35 +106,35 @@ class Infinite:
 
 Answer = Expr | Many | Ordered | Union | Matrix | Relation | Base | Ratio | Choice | Words | Reals | Infinite
 
-_RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "~", "\\equiv": "==", "\\notin": "!in", "\\cong": "~", "\\rightarrow": "->", "\\mapsto": "->", "\\Rightarrow": "=>", "\\propto": "~", "\\subset": "sub", "\\subseteq": "sub", "\\not": "!"}  # fmt: skip  # noqa: E501
+_RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "~", "\\equiv": "==", "\\notin": "!in", "\\cong": "~", "\\rightarrow": "->", "\\mapsto": "->", "\\Rightarrow": "=>", "\\propto": "~", "\\subset": "sub", "\\subseteq": "sub", "\\not": "!"}  # fmt: skip
 _OPEN = {"(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "\\lvert", "\\begin"}
 _CLOSE = {")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\rvert", "\\end"}
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "Vmatrix")
 _CLOCK = re.compile(
-    r"^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)\s*([ap])\.?\s?m\.?$|^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)$|^([0-9]{1,2})\s*([ap])\.?\s?m\.?$"  # noqa: E501
+    r"^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)\s*([ap])\.?\s?m\.?$|^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)$|^([0-9]{1,2})\s*([ap])\.?\s?m\.?$"
 )
 _CHOICE = re.compile(r"^\(?([A-J])\s*[).:]\s*(.*)$", re.DOTALL)
 _LETTER = re.compile(r"^\(?([A-Z])\)?$")
 _BASE = re.compile(
-    r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_\{?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\}?$"  # noqa: E501
-    r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) (?:\(?in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)$"  # noqa: E501
+    r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_\{?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\}?$"
+    r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) (?:\(?in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)$"
 )
-_NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"])}  # fmt: skip  # noqa: E501
-_UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox)(?![A-Za-z])")  # fmt: skip  # noqa: E501
+_NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"])}  # fmt: skip
+_UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox)(?![A-Za-z])")  # fmt: skip
 _WHOLE_TEXT = re.compile(r"^\\(?:text|textbf|mathrm|mbox|textrm|textit|textnormal)\s?\{([^{}]*)\}$")
 _SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
 _THOUSANDS = re.compile(r"[-+]?(?:\\dollar\s?)?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _NAME = re.compile(
-    r"^(?:m?\\angle ?)?(?:\\(?:overline|triangle|vec|hat|mathbf|mathrm|widehat|mathcal)\{?)?(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho|tau|varphi|epsilon|ell|Delta|Omega))\}?'*"  # noqa: E501
+    r"^(?:m?\\angle ?)?(?:\\(?:overline|triangle|vec|hat|mathbf|mathrm|widehat|mathcal)\{?)?(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho|tau|varphi|epsilon|ell|Delta|Omega))\}?'*"
     r"(?:_(?:\{[^{}]{1,12}\}|[A-Za-z0-9]))?'*(?:(?:\^\{-1\})?\([A-Za-z0-9,. ]{1,12}\))?$"
-    r"|^(?:m?\\angle ?)?[A-Z]{1,4}$|^\\(?:overline|triangle)\{?[A-Z]{2,4}\}?$|^P\([A-Za-z ]{1,20}\)$|^\\text\{[A-Za-z .]{1,40}\}$|^[A-Za-z]{4,20}(?: [A-Za-z]{1,20}){0,4}$"  # noqa: E501
+    r"|^(?:m?\\angle ?)?[A-Z]{1,4}$|^\\(?:overline|triangle)\{?[A-Z]{2,4}\}?$|^P\([A-Za-z ]{1,20}\)$|^\\text\{[A-Za-z .]{1,40}\}$|^[A-Za-z]{4,20}(?: [A-Za-z]{1,20}){0,4}$"
 )
 _NAME_TUPLE = re.compile(r"^\( ?[A-Za-z](?:_\{?[0-9a-z]\}?)?(?: ?, ?[A-Za-z](?:_\{?[0-9a-z]\}?)?)+ ?\)$")
-_REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real number", "\\mathbb{r}", "\\reals", "\\mathbb r", "the set of all real numbers", "reals", "r (all real numbers)", "all real values"}  # fmt: skip  # noqa: E501
+_REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real number", "\\mathbb{r}", "\\reals", "\\mathbb r", "the set of all real numbers", "reals", "r (all real numbers)", "all real values"}  # fmt: skip
 _SYNONYMS = {
-    "no solutions": "\\emptyset", "no solution": "\\emptyset", "empty set": "\\emptyset", "the empty set": "\\emptyset", "\\{\\}": "\\emptyset",  # noqa: E501
-    "\\{ \\}": "\\emptyset", "no real solutions": "\\emptyset", "no real solution": "\\emptyset", "dne": "does not exist", "undef": "undefined",  # noqa: E501
-    "infinity": "\\infty", "+\\infty": "\\infty", "negative infinity": "-\\infty", "noon": "12:00 pm", "midnight": "12:00 am",  # noqa: E501
+    "no solutions": "\\emptyset", "no solution": "\\emptyset", "empty set": "\\emptyset", "the empty set": "\\emptyset", "\\{\\}": "\\emptyset",
+    "\\{ \\}": "\\emptyset", "no real solutions": "\\emptyset", "no real solution": "\\emptyset", "dne": "does not exist", "undef": "undefined",
+    "infinity": "\\infty", "+\\infty": "\\infty", "negative infinity": "-\\infty", "noon": "12:00 pm", "midnight": "12:00 am",
     "∅": "\\emptyset", "+infinity": "\\infty", "-infinity": "-\\infty", "infinite": "\\infty",
 }  # fmt: skip
 

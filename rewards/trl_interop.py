@@ -2,7 +2,7 @@
 
 TRL's signature: f(prompts, completions, completion_ids=..., **columns) -> list[float | None], where a completion is a text or, in
 conversational data sets, a list of messages, and every column of the data set comes as a list.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

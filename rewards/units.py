@@ -16,10 +16,10 @@ def _define(dimension: str, table: dict[str, str]) -> None:
 
 
 _define("length", {
-    "1/1000": "mm millimeter millimetre", "1/100": "cm centimeter centimetre", "1/10": "dm decimeter decimetre", "1": "m meter metre",  # noqa: E501
-    "1000": "km kilometer kilometre", "127/5000": "inch inches in", "381/1250": "ft foot feet", "1143/1250": "yd yard", "201168/125": "mi mile",  # noqa: E501
+    "1/1000": "mm millimeter millimetre", "1/100": "cm centimeter centimetre", "1/10": "dm decimeter decimetre", "1": "m meter metre",
+    "1000": "km kilometer kilometre", "127/5000": "inch inches in", "381/1250": "ft foot feet", "1143/1250": "yd yard", "201168/125": "mi mile",
 })  # fmt: skip
-_define("mass", {"1/1000000": "mg milligram", "1/1000": "g gm gram", "1": "kg kilogram", "1000": "tonne", "45359237/100000000": "lb lbs pound", "45359237/1600000000": "oz ounce"})  # fmt: skip  # noqa: E501
+_define("mass", {"1/1000000": "mg milligram", "1/1000": "g gm gram", "1": "kg kilogram", "1000": "tonne", "45359237/100000000": "lb lbs pound", "45359237/1600000000": "oz ounce"})  # fmt: skip
 _define(
     "time",
     {
@@ -48,11 +48,11 @@ _define("energy", {"1": "joule j"})
 _define("count", {"1": "unit"})
 
 BARE = {
-    "cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "lb", "lbs", "oz", "mph", "sec", "min", "hr", "hrs", "inches", "inch", "feet", "foot",  # noqa: E501
-    "meters", "metres", "meter", "dollars", "dollar", "cents", "degrees", "degree", "percent", "miles", "mile", "hours", "hour", "minutes",  # noqa: E501
-    "minute", "seconds", "second", "days", "day", "weeks", "week", "years", "year", "months", "units", "unit", "pounds", "grams", "liters",  # noqa: E501
-    "litres", "yards", "square", "sq", "cubic", "points", "ways", "people", "students", "radians", "euros", "ounces", "kilometers", "kilograms",  # noqa: E501
-    "centimeters", "millimeters", "gallons", "usd", "USD", "integers", "numbers", "solutions", "times", "boxes", "books", "apples", "marbles",  # noqa: E501
+    "cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "lb", "lbs", "oz", "mph", "sec", "min", "hr", "hrs", "inches", "inch", "feet", "foot",
+    "meters", "metres", "meter", "dollars", "dollar", "cents", "degrees", "degree", "percent", "miles", "mile", "hours", "hour", "minutes",
+    "minute", "seconds", "second", "days", "day", "weeks", "week", "years", "year", "months", "units", "unit", "pounds", "grams", "liters",
+    "litres", "yards", "square", "sq", "cubic", "points", "ways", "people", "students", "radians", "euros", "ounces", "kilometers", "kilograms",
+    "centimeters", "millimeters", "gallons", "usd", "USD", "integers", "numbers", "solutions", "times", "boxes", "books", "apples", "marbles",
 }  # fmt: skip
 # Words that change what the number says; a tail with one of them is no unit.
 _CHANGING = re.compile(

@@ -3,7 +3,7 @@
 The judged answer is the last complete \\boxed{}. Most answers are settled exactly in microseconds in the calling process, by
 a parser and normal forms of bounded work (equivalence.py, normal.py); the rest are compared at high precision in a child
 process that is killed at its time or memory limit (workers.py). Nothing in a response or a gold is ever run.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def grade(response: str, gold: str, *, boxed_only: bool = True, timeout: float =
 
 
 def grade_many(pairs: Sequence[tuple[str, str]], *, boxed_only: bool = True, timeout: float = 2.0) -> list[Verdict]:
-    """Grade (response, gold) pairs in order, the slow ones in shared killable child processes; `timeout` is each pair's."""  # noqa: E501
+    """Grade (response, gold) pairs in order, the slow ones in shared killable child processes; `timeout` is each pair's."""
     from plumbline.rewards.workers import shared_grader
 
     return shared_grader(timeout).grade_many(pairs, boxed_only=boxed_only)

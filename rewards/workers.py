@@ -19,7 +19,7 @@ from types import TracebackType
 from plumbline.rewards.verdict import Reason, Verdict
 from plumbline.rewards.verifier import settle
 
-# Starting a child takes a tenth of a second on an idle machine and is not counted against an answer; on a loaded one it may  # noqa: E501
+# Starting a child takes a tenth of a second on an idle machine and is not counted against an answer; on a loaded one it may
 # take this long. The second checker imports SymPy and takes longer.
 START_SECONDS = 20.0
 SECOND_START_SECONDS = 60.0

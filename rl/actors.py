@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from plumbline.rewards.verdict import Verdict
 from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig
 
@@ -72,14 +73,21 @@ class RewardWorker:
         settings = config.reward
         self.grader = Grader(settings.processes_per_worker, settings.timeout_seconds, settings.memory_gib)
         self.shaping = load_shaping(settings.shaping)
+        # Nothing starts before the first question.
+        self.second = Grader(settings.processes_per_worker, settings.timeout_seconds, settings.memory_gib, second=True)
 
     def grade(self, group: Group) -> Group:
         from plumbline.rl.grading import grade_group
 
         return grade_group(group, self.grader, self.shaping)
 
+    def second_opinion(self, pairs: list[tuple[str, str]]) -> list[Verdict]:
+        """What the second checker says of (answer, gold) pairs."""
+        return self.second.compare_many(pairs)
+
     def close(self) -> None:
         self.grader.close()
+        self.second.close()
 
 
 @ray.remote

@@ -60,6 +60,9 @@ class DataSection(Section):
     levels: list[int] | None = Field(None, description="Keep these levels only.")
     families: list[str] | None = Field(None, description="Procedural families to draw from; None is all.")
     subset: str | None = Field(None, description="A text file of sample ids, one a line: train on these only.")
+    exclude: str | None = Field(
+        None, description="A text file of sample ids, one a line, to leave out; `plumbline check` writes one."
+    )
 
 
 class RolloutSection(Section):
@@ -82,6 +85,38 @@ class RolloutSection(Section):
     timeout_seconds: float = Field(3600, gt=0, description="A step whose rollout takes longer is an error.")
 
 
+class CheckingSection(Section):
+    share: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of completions that a second checker (math-verify) grades again, beside the learner's update; 0: no checking.",
+    )
+    stop: bool = Field(True, description="Stop the run at a stop_* threshold; false only warns.")
+    quarantine: list[Literal["suspected_gold", "grading_faults", "disputed"]] = Field(
+        default=["grading_faults", "disputed"],
+        description="Leave out samples by these rules: completions agree on another answer than the gold; grading failed twice; "
+        "the second checker disputed it twice. They are listed in quarantine.txt.",
+    )
+    window_steps: int = Field(20, ge=2, description="Last steps judged by themselves beside the whole run.")
+    credit: float | None = Field(
+        0.5,
+        description="A reward of at least this claims that the answer is right; None: only the verdict does "
+        "(for a shaping that is no measure of correctness).",
+    )
+    minimum: PositiveInt = Field(20, description="Completions before a share of them counts.")
+    warn_false_reward: float = Field(
+        0.02, gt=0, description="Rewarded, and wrong to the second checker; share of those re-graded."
+    )
+    stop_false_reward: float = Field(0.20, gt=0, description="As above, to stop.")
+    warn_disagreement: float = Field(0.05, gt=0, description="All disagreements; share of those re-graded.")
+    stop_disagreement: float = Field(0.30, gt=0, description="As above, to stop.")
+    warn_faults: float = Field(0.01, gt=0, description="Grading errors, timeouts, unreadable golds; share of all.")
+    stop_faults: float = Field(0.20, gt=0, description="As above, to stop.")
+    warn_detector: float = Field(0.20, gt=0, description="Hits of one hacking detector; share of all.")
+    suspect_gold: int = Field(4, ge=2, description="Like wrong answers of a sample before its gold is suspected.")
+
+
 class RewardSection(Section):
     workers: PositiveInt = Field(1, description="Reward actors.")
     cpus_per_worker: float = Field(0.25, gt=0, description="CPU share that Ray books for each.")
@@ -89,6 +124,7 @@ class RewardSection(Section):
     timeout_seconds: float = Field(2.0, gt=0, description="Time limit of one answer; its verdict is then `timeout`.")
     memory_gib: float = Field(0.5, gt=0, description="Memory limit of a grading process.")
     shaping: str = Field("binary", description="`binary`, `limr`, or an import path `package.module:function`.")
+    checking: CheckingSection = Field(default_factory=CheckingSection)
 
 
 class ClippingSection(Section):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from plumbline.errors import InputError
 from plumbline.rl.batch import Prompt, Sampling
+from plumbline.rl.checking import CheckingStage
 from plumbline.rl.checkpoint import CheckpointStore
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import RunConfig
@@ -34,11 +35,11 @@ class TrainingResult:
 def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, resume: bool = False) -> TrainingResult:
     """Train the policy of `config` on `tasks` for config.steps steps.
 
-    Everything lands in config.folder: history/, completions/, metrics.jsonl, tensorboard/, checkpoints/. With
-    `resume`, work goes on from the newest intact checkpoint as if it had never stopped.
+    Everything lands in config.folder: history/, completions/, metrics.jsonl, tensorboard/, check.html, checkpoints/.
+    With `resume`, work goes on from the newest intact checkpoint as if it had never stopped.
 
-    Raises InputError for a checkpoint that does not fit, TimeoutError when rollout outlasts its deadline, and
-    NonFiniteGradients.
+    Raises InputError for a checkpoint that does not fit, TimeoutError when rollout outlasts its deadline,
+    NonFiniteGradients, and RewardsUnsound when the reward check stops the run.
     """
     began = time.monotonic()
     folder = config.folder
@@ -48,6 +49,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     checkpoints = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     history = HistoryWriter(folder / "history", config.name)
     log = CompletionLog(folder / "completions")
+    checking = CheckingStage(config, roles.reward, sampler, console)
 
     start = 0
     saved = checkpoints.latest(console) if resume else None
@@ -59,6 +61,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             )
         ray.get(roles.learner.load.remote(str(path.resolve())))
         sampler.load_state_dict(state["sampler"])
+        checking.load_state_dict(state.get("checking"))
         start = state["step"]
         if start > config.steps:
             raise InputError(f"checkpoint {path} is already at step {start}, beyond steps={config.steps}")
@@ -69,7 +72,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
 
     def checkpoint(step: int) -> Path:
         state = {"sampler": sampler.state_dict(), "history_offset": history.offset, "samples": tasks.fingerprint}
-        state["config"] = config.model_dump(mode="json")
+        state |= {"checking": checking.state_dict(), "config": config.model_dump(mode="json")}
         return checkpoints.save(step, state, lambda target: ray.get(roles.learner.save.remote(str(target.resolve()))))
 
     newest = saved[0] if saved is not None else None
@@ -90,7 +93,9 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             log.write(step, groups)
 
             batch = training_batch(groups, config.algorithm.advantage)
-            metrics = ray.get(roles.learner.update.remote(batch))
+            update = roles.learner.update.remote(batch)
+            checked = checking.check(step, groups)  # on the reward workers, while the learner works
+            metrics = ray.get(update) | checked
             policy_version = roles.sync()
 
             metrics |= step_metrics(groups, batch, rollout_seconds, time.monotonic() - clock)
@@ -98,6 +103,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             telemetry.log(step, metrics)
             if step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
                 newest = checkpoint(step)
+            checking.enforce()
     history.close()
     assert newest is not None  # a checkpoint is written at the last step, or was resumed from
     rollouts = config.steps * groups_per_step * completions

@@ -35,6 +35,28 @@ def history_rows(groups: list[Group], step: int) -> list[dict[str, Any]]:
     ]
 
 
+def completion_rows(step: int, groups: list[Group]) -> list[dict[str, Any]]:
+    """One row a completion, with its text and verdict: what the completion log keeps and the reward check reads."""
+    return [
+        {
+            "step": step,
+            "sample_id": group.prompt.sample_id,
+            "rollout": number,
+            "problem": group.prompt.text,
+            "response": completion.text,
+            "gold": group.prompt.gold,
+            "answer": group.answers[number],
+            "reward": group.rewards[number],
+            "correct": group.correct[number],
+            "reason": group.reasons[number],
+            "tokens": len(completion.token_ids),
+            "truncated": completion.truncated,
+        }
+        for group in groups
+        for number, completion in enumerate(group.completions)
+    ]
+
+
 class CompletionLog:
     """Every completion with its verdict, one JSONL file a step (what `plumbline check` reads).
 
@@ -50,23 +72,8 @@ class CompletionLog:
         path = self.folder / f"step-{step:06d}.jsonl"
         partial = path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8") as file:
-            for group in groups:
-                for number, completion in enumerate(group.completions):
-                    row = {
-                        "step": step,
-                        "sample_id": group.prompt.sample_id,
-                        "rollout": number,
-                        "problem": group.prompt.text,
-                        "response": completion.text,
-                        "gold": group.prompt.gold,
-                        "answer": group.answers[number],
-                        "reward": group.rewards[number],
-                        "correct": group.correct[number],
-                        "reason": group.reasons[number],
-                        "tokens": len(completion.token_ids),
-                        "truncated": completion.truncated,
-                    }
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for row in completion_rows(step, groups):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(partial, path)
 
     def drop_after(self, step: int) -> None:

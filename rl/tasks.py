@@ -69,6 +69,8 @@ def training_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataReport
     problems, report = read_problems(config.data)
     if config.data.subset is not None:
         problems = keep_subset(problems, Path(config.data.subset))
+    if config.data.exclude is not None:
+        problems = leave_out(problems, Path(config.data.exclude))
     return _tasks(problems, codec, config, config.data.source, report)
 
 
@@ -103,12 +105,26 @@ def read_problems(section: DataSection | EvaluationSection) -> tuple[list[Proble
     )
 
 
+def _listed_ids(path: Path, key: str) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InputError(f"{key} {path} cannot be read: {reason}") from None
+
+
+def leave_out(problems: list[Problem], path: Path) -> list[Problem]:
+    """Problems whose ids the file does not list. InputError for a missing file, or when nothing is left."""
+    unwanted = set(_listed_ids(path, "data.exclude"))
+    kept = [problem for problem in problems if problem.id not in unwanted]
+    if not kept:
+        raise InputError(f"data.exclude {path} leaves none of the {len(problems)} problems")
+    return kept
+
+
 def keep_subset(problems: list[Problem], path: Path) -> list[Problem]:
     """Problems whose ids the file lists. InputError for a missing file, no match, or ids the data lacks."""
-    try:
-        wanted = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"data.subset {path} cannot be read: {error.strerror}") from None
+    wanted = _listed_ids(path, "data.subset")
     known = {problem.id for problem in problems}
     missing = [sample_id for sample_id in wanted if sample_id not in known]
     if missing and len(missing) < len(wanted):

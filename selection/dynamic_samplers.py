@@ -7,7 +7,7 @@ rollouts before it pays for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,6 +156,12 @@ class SpeedSampler(Sampler):
         self.screened: dict[str, int] = {}
         self.passed: list[tuple[str, int]] = []
         self.continued: set[str] = set()
+
+    def leave_out(self, sample_ids: Iterable[str]) -> None:
+        """Never draw these again, nor finish their groups."""
+        super().leave_out(sample_ids)
+        self.stream.leave_out(self.left_out)
+        self.passed = [(sample_id, epoch) for sample_id, epoch in self.passed if sample_id not in self.left_out]
 
     def next(self, count: int) -> list[Draw]:
         """The rest of groups that passed, and new prompts to screen."""

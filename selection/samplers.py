@@ -13,7 +13,7 @@ those in dynamic_samplers.py drop groups that teach nothing, or stop a prompt's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,6 +50,13 @@ class Sampler:
         if len(self.place) != len(self.sample_ids):
             raise ValueError("sample ids must be unique")
         self.seed = seed
+        self.left_out: set[str] = set()
+
+    def leave_out(self, sample_ids: Iterable[str]) -> None:
+        """Never draw these again (quarantine). Raises ValueError if nothing would be left."""
+        self.left_out |= set(sample_ids) & set(self.place)
+        if len(self.left_out) == len(self.sample_ids):
+            raise ValueError(f"all {len(self.sample_ids)} samples would be left out")
 
     def next(self, count: int) -> list[Draw]:
         """The next `count` prompts."""
@@ -68,7 +75,13 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides later draws, in plain types."""
-        return {"kind": type(self).__name__, "seed": self.seed, "samples": len(self.sample_ids), **self._state()}
+        return {
+            "kind": type(self).__name__,
+            "seed": self.seed,
+            "samples": len(self.sample_ids),
+            "left_out": sorted(self.left_out),
+            **self._state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where state_dict was taken. Raises ValueError for another kind, seed or number of samples."""
@@ -76,6 +89,7 @@ class Sampler:
         for name, value in own.items():
             if state.get(name) != value:
                 raise ValueError(f"the sampler's saved state has {name} {state.get(name)!r}, this one has {value!r}")
+        self.left_out = set(state.get("left_out", ()))
         self._load(state)
 
     def _state(self) -> dict[str, Any]:
@@ -97,12 +111,14 @@ class UniformSampler(Sampler):
         draws = []
         size = len(self.sample_ids)
         order: np.ndarray | None = None
-        for position in range(self.drawn, self.drawn + count):
-            epoch, place = divmod(position, size)
+        while len(draws) < count:
+            epoch, place = divmod(self.drawn, size)
             if order is None or place == 0:
                 order = np.random.default_rng([self.seed, epoch]).permutation(size)
-            draws.append(Draw(self.sample_ids[order[place]], epoch))
-        self.drawn += count
+            self.drawn += 1
+            sample_id = self.sample_ids[order[place]]
+            if sample_id not in self.left_out:
+                draws.append(Draw(sample_id, epoch))
         return draws
 
     def _state(self) -> dict[str, Any]:
@@ -126,14 +142,21 @@ class _Weighted(Sampler):
         rng = np.random.default_rng([self.seed, self.steps])
         self.steps += 1
         while len(draws) < count:
-            for place in self._choose(min(count - len(draws), len(self.sample_ids)), rng):
+            wanted = min(count - len(draws), len(self.sample_ids) - len(self.left_out))
+            for place in self._choose(wanted, rng):
                 draws.append(Draw(self.sample_ids[place], int(self.visits[place])))
                 self.visits[place] += 1
         return draws
 
     def _choose(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Places of at least one and at most `count` samples, all different."""
+        """Places of at least one and at most `count` samples, all different, none of them left out."""
         raise NotImplementedError
+
+    def _allowed(self, places: np.ndarray) -> np.ndarray:
+        """Those of these places that are not left out."""
+        if not self.left_out:
+            return places
+        return places[[self.sample_ids[place] not in self.left_out for place in places]]
 
     def _state(self) -> dict[str, Any]:
         return {"visits": self.visits.tolist(), "steps": self.steps}
@@ -185,7 +208,7 @@ class CurriculumSampler(_Weighted):
         return max(1, round(min(1.0, self.start + (1 - self.start) * progress) * len(self.sample_ids)))
 
     def _choose(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        pool = self.easiest_first[: self.open_count()]
+        pool = self._allowed(self.easiest_first)[: self.open_count()]
         return pool[np.lexsort((rng.random(len(pool)), self.visits[pool]))][:count]
 
 
@@ -218,7 +241,7 @@ class PrioritisedSampler(_Weighted):
         # Efraimidis and Spirakis: the largest of log(u) / w draws in proportion to w without replacement.
         draw = np.log(rng.random(len(weight)))
         key = np.divide(draw, weight, out=np.full(len(weight), -np.inf), where=weight > 0)
-        return np.lexsort((draw, key))[::-1][:count]
+        return self._allowed(np.lexsort((draw, key))[::-1])[:count]
 
     def _state(self) -> dict[str, Any]:
         known = [None if np.isnan(rate) else float(rate) for rate in self.success]

@@ -4,19 +4,30 @@ disagreements and detector hits, quarantines samples and says whether to warn or
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from plumbline.rewards.checking.detectors import DETECTORS, diverging, length_drift
 from plumbline.rewards.extraction import last_boxed
+from plumbline.rewards.verdict import Verdict
 from plumbline.rewards.verifier import unbox
 from plumbline.rewards.workers import Grader
 
 Decision = Literal["ok", "warn", "stop"]
+DECISIONS: tuple[Decision, ...] = ("ok", "warn", "stop")
 GRADER_FAULTS = ("error", "timeout", "bad_gold")
+RULES = ("suspected_gold", "grading_faults", "disputed")
+# Different wrong answers of one sample that are remembered; an agreeing policy gives its own at once.
+MAX_ANSWERS = 32
+
+
+class SecondOpinion(Protocol):
+    """Whatever compares (answer, gold) pairs with the second checker, in order."""
+
+    def compare_many(self, pairs: list[tuple[str, str]], /) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,9 @@ class Thresholds:
         warn_detector: hits of any one detector among all completions.
         minimum: completions re-graded before a share of them counts.
         suspect_gold: answers of one sample, all the same, that the gold calls wrong, before the gold is suspected.
-    """  # noqa: E501
+        credit: a reward of at least this says that the answer is right, whatever the verdict was; None looks at the verdict
+            alone (for rewards that are no measure of correctness).
+    """
 
     warn_false_reward: float = 0.02
     stop_false_reward: float = 0.20
@@ -41,6 +54,7 @@ class Thresholds:
     warn_detector: float = 0.20
     minimum: int = 20
     suspect_gold: int = 4
+    credit: float | None = 0.5
 
 
 @dataclass
@@ -76,9 +90,11 @@ class RewardChecker:
     Args:
         share: of completions that the second checker re-grades, chosen by a hash of (step, sample, rollout).
         thresholds: when to warn and stop.
-        processes, timeout: of the second checker's killable children.
+        second: who compares with the second checker; None starts killable children of its own.
+        processes, timeout: of these children.
+        rules: which quarantine rules apply, of RULES.
         keep: cases kept with their text.
-        window: steps over which drifts are judged.
+        window: last steps that are judged by themselves too, and over which drifts are looked for.
     """
 
     def __init__(
@@ -86,19 +102,25 @@ class RewardChecker:
         share: float = 0.1,
         thresholds: Thresholds | None = None,
         *,
+        second: SecondOpinion | None = None,
         processes: int = 1,
         timeout: float = 2.0,
+        rules: Iterable[str] = RULES,
         keep: int = 200,
         window: int = 20,
     ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"share ({share}) must be above 0 and at most 1")
         self.share, self.thresholds, self.keep, self.window = share, thresholds or Thresholds(), keep, window
-        self.grader = Grader(processes, timeout, second=True)
+        self.rules = tuple(rules)
+        if unknown := set(self.rules) - set(RULES):
+            raise ValueError(f"unknown quarantine rule {min(unknown)!r}; there are {', '.join(RULES)}")
+        self.own = Grader(processes, timeout, second=True) if second is None else None
+        self.second: SecondOpinion = second or self.own  # type: ignore[assignment]
         self.totals: Counter[str] = Counter()
-        self.table: Counter[tuple[bool, bool]] = Counter()
+        self.recent: deque[Counter[str]] = deque(maxlen=window)
         self.cases: list[Case] = []
-        self.steps: list[StepReport] = []
+        self.steps: list[tuple[int, Decision]] = []
         self.series: dict[str, list[float]] = defaultdict(list)
         self.wrong_answers: dict[str, Counter[str]] = defaultdict(Counter)
         self.golds: dict[str, str] = {}
@@ -108,8 +130,9 @@ class RewardChecker:
         self.quarantined: dict[str, str] = {}
 
     def close(self) -> None:
-        """End the second checker's children."""
-        self.grader.close()
+        """End its own children."""
+        if self.own is not None:
+            self.own.close()
 
     def __enter__(self) -> RewardChecker:
         return self
@@ -126,110 +149,128 @@ class RewardChecker:
 
         Raises:
             ValueError: a row lacks one of these fields.
-        """  # noqa: E501
+        """
         rows = [_normal(row) for row in rows]
         count: Counter[str] = Counter(completions=len(rows))
         for row in rows:
-            self.golds[row["sample_id"]] = row["gold"]
-            self.rewarded[row["sample_id"]] += bool(row["correct"])
-            if row["reason"] in GRADER_FAULTS:
-                count[f"fault_{row['reason']}"] += 1
-                self.faulty[row["sample_id"]] += 1
-                self._case(step, row, row["reason"], None)
-            for name, detector in DETECTORS.items():
-                if detector(row["problem"], row["response"]):
-                    count[f"detector_{name}"] += 1
-                    self._case(step, row, name, None)
-            box = last_boxed(row["response"])
-            if not row["correct"] and box is not None and row["reason"] == "wrong":
-                self.wrong_answers[row["sample_id"]]["".join(box.split())] += 1
+            self._look_at(step, row, count)
         chosen = [row for row in rows if row["reason"] not in GRADER_FAULTS and self._chosen(step, row)]
-        answered = [(row, last_boxed(row["response"])) for row in chosen]
-        verdicts = iter(
-            self.grader.compare_many(
-                [(box, unbox(row["gold"])) for row, box in answered if box is not None and box.strip()]
-            )
-        )
-        agreed = 0
-        for row, box in answered:
+        self._grade_again(step, chosen, count)
+        self.totals.update(count)
+        self.recent.append(count)
+        if rows:
+            self.series["rewarded"].append(count["rewarded"] / len(rows))
+            self.series["length"].append(sum(float(row["tokens"]) for row in rows) / len(rows))
+            regraded = count["regraded"]
+            self.series["second"].append(count["second_right"] / regraded if regraded else float("nan"))
+        fresh = self._quarantine()
+        decision, reasons = self.decide()
+        self.steps.append((step, decision))
+        return StepReport(step, self._counters(count, decision), decision, reasons, fresh)
+
+    def _look_at(self, step: int, row: dict[str, Any], count: Counter[str]) -> None:
+        """Faults of grading, detectors, and what the sample's completions answer."""
+        sample = row["sample_id"]
+        self.golds[sample] = row["gold"]
+        right = self._credited(row)
+        count["rewarded"] += right
+        self.rewarded[sample] += right
+        if row["reason"] in GRADER_FAULTS:
+            count[f"fault_{row['reason']}"] += 1
+            self.faulty[sample] += 1
+            self._case(step, row, row["reason"], None)
+        for name, detector in DETECTORS.items():
+            if detector(row["problem"], row["response"]):
+                count[f"detector_{name}"] += 1
+                self._case(step, row, name, None)
+        box = last_boxed(row["response"])
+        if not right and box is not None and row["reason"] == "wrong":
+            answers, answer = self.wrong_answers[sample], "".join(box.split())[:300]
+            if answer in answers or len(answers) < MAX_ANSWERS:
+                answers[answer] += 1
+
+    def _grade_again(self, step: int, rows: list[dict[str, Any]], count: Counter[str]) -> None:
+        """The second checker's opinion of these completions; one without an answer is wrong."""
+        boxes = [last_boxed(row["response"]) for row in rows]
+        pairs = [(box, unbox(row["gold"])) for row, box in zip(rows, boxes, strict=True) if box and box.strip()]
+        verdicts = iter(self.second.compare_many(pairs))
+        for row, box in zip(rows, boxes, strict=True):
             second = False
-            if box is not None and box.strip():
+            if box and box.strip():
                 verdict = next(verdicts)
                 if verdict.reason not in ("correct", "wrong"):
                     count[f"second_{verdict.reason}"] += 1
                     continue
                 second = verdict.correct
+            first = self._credited(row)
             count["regraded"] += 1
-            agreed += second
-            self.table[bool(row["correct"]), second] += 1
-            if bool(row["correct"]) != second:
-                kind = "false_reward" if row["correct"] else "missed_reward"
+            count["second_right"] += second
+            count[f"reward_{'right' if first else 'wrong'}_second_{'right' if second else 'wrong'}"] += 1
+            if first != second:
+                # A right answer that shaping punished (for its length, say) is no dispute about correctness.
+                if second and row["correct"]:
+                    continue
+                kind = "false_reward" if first else "missed_reward"
                 count[kind] += 1
                 self.disputed[row["sample_id"]] += 1
                 self._case(step, row, kind, second)
-        self.totals.update(count)
-        if rows:
-            self.series["rewarded"].append(sum(bool(r["correct"]) for r in rows) / len(rows))
-            self.series["length"].append(sum(float(r["tokens"]) for r in rows) / len(rows))
-        if count["regraded"]:
-            self.series["second"].append(agreed / count["regraded"])
-        fresh = self._quarantine()
-        decision, reasons = self.decide()
-        counters = {f"check/{name}": float(value) for name, value in sorted(count.items())}
+
+    def _credited(self, row: Mapping[str, Any]) -> bool:
+        credit = self.thresholds.credit
+        return bool(row["correct"]) or (credit is not None and float(row["reward"]) >= credit)
+
+    def _counters(self, count: Counter[str], decision: Decision) -> dict[str, float]:
+        """Figures for telemetry, the same names every step: counts of this step, the decision as 0, 1 or 2."""
+        names = ["completions", "rewarded", "regraded", "second_right", "false_reward", "missed_reward"]
+        names += [f"fault_{reason}" for reason in GRADER_FAULTS] + [f"second_{r}" for r in ("error", "timeout")]
+        names += [f"detector_{name}" for name in DETECTORS]
+        counters = {f"check/{name}": float(count[name]) for name in names}
         counters["check/quarantined"] = float(len(self.quarantined))
-        report = StepReport(step, counters, decision, reasons, fresh)
-        self.steps.append(report)
-        return report
+        counters["check/suspected_golds"] = float(len(self.suspected_golds()))
+        counters["check/decision"] = float(DECISIONS.index(decision))
+        return counters
 
     def decide(self) -> tuple[Decision, list[str]]:
-        """The decision over everything seen so far, with a sentence for each threshold passed."""
-        t, total = self.thresholds, self.totals
+        """The decision over everything seen and over the last `window` steps, with a sentence for each threshold passed."""
+        stop, warn = self._judge(self.totals, "")
+        if len(self.steps) > self.window:
+            # Trouble that began late is diluted in the whole.
+            known = {sentence.partition(":")[0] for sentence in stop}
+            late_stop, late_warn = self._judge(sum(self.recent, Counter()), f" in the last {self.window} steps")
+            stop += [s for s in late_stop if s.partition(":")[0].partition(" in the last")[0] not in known]
+            known |= {sentence.partition(":")[0] for sentence in warn}
+            warn += [s for s in late_warn if s.partition(":")[0].partition(" in the last")[0] not in known]
+        series = {name: values[-self.window :] for name, values in self.series.items()}
+        if diverging(list(self.recent)):
+            stop.append("the reward rises while the second checker's accuracy falls")
+        if length_drift(series.get("length", [])):
+            warn.append("the mean length has more than doubled or halved")
+        if suspects := self.suspected_golds():
+            warn.append(f"{len(suspects)} golds look wrong: all completions agree on another answer")
+        return ("stop" if stop else "warn" if warn else "ok"), stop + warn
+
+    def _judge(self, total: Counter[str], when: str) -> tuple[list[str], list[str]]:
+        """Sentences (stop, warn) for the thresholds that these counts pass."""
+        t = self.thresholds
         warn: list[str] = []
         stop: list[str] = []
 
         def share(label: str, hits: int, of: int, warn_at: float, stop_at: float) -> None:
-            if of and hits / of >= warn_at:
+            if of >= t.minimum and hits / of >= warn_at:
                 low, high = interval(hits, of)
-                sentence = f"{label}: {hits} of {of} ({hits / of:.1%}, 95% interval {low:.1%} to {high:.1%})"
+                sentence = f"{label}{when}: {hits} of {of} ({hits / of:.1%}, 95% interval {low:.1%} to {high:.1%})"
                 (stop if hits / of >= stop_at else warn).append(sentence)
 
-        if total["regraded"] >= t.minimum:
-            regraded = total["regraded"]
-            share(
-                "rewarded answers that the second checker holds wrong",
-                total["false_reward"],
-                regraded,
-                t.warn_false_reward,
-                t.stop_false_reward,
-            )
-            disputes = total["false_reward"] + total["missed_reward"]
-            share("disagreements with the second checker", disputes, regraded, t.warn_disagreement, t.stop_disagreement)
-        if total["completions"] >= t.minimum:
-            faults = sum(total[f"fault_{reason}"] for reason in GRADER_FAULTS)
-            share(
-                "grading errors, timeouts and unreadable golds",
-                faults,
-                total["completions"],
-                t.warn_faults,
-                t.stop_faults,
-            )
-            for name in DETECTORS:
-                share(
-                    f"completions with {name.replace('_', ' ')}",
-                    total[f"detector_{name}"],
-                    total["completions"],
-                    t.warn_detector,
-                    2.0,
-                )
-        series = {name: values[-self.window :] for name, values in self.series.items()}
-        if diverging(series.get("rewarded", []), series.get("second", [])):
-            stop.append("the reward rises while the second checker's accuracy falls")
-        if length_drift(series.get("length", [])):
-            warn.append("the mean length has more than doubled or halved")
-        suspects = self.suspected_golds()
-        if suspects:
-            warn.append(f"{len(suspects)} golds look wrong: all completions agree on another answer")
-        return ("stop" if stop else "warn" if warn else "ok"), stop + warn
+        regraded, completions = total["regraded"], total["completions"]
+        false, disputes = total["false_reward"], total["false_reward"] + total["missed_reward"]
+        share("rewarded answers that the second checker holds wrong", false, regraded, t.warn_false_reward, t.stop_false_reward)  # fmt: skip
+        share("disagreements with the second checker", disputes, regraded, t.warn_disagreement, t.stop_disagreement)
+        faults = sum(total[f"fault_{reason}"] for reason in GRADER_FAULTS)
+        share("grading errors, timeouts and unreadable golds", faults, completions, t.warn_faults, t.stop_faults)
+        for name in DETECTORS:
+            hits = total[f"detector_{name}"]
+            share(f"completions with {name.replace('_', ' ')}", hits, completions, t.warn_detector, 2.0)
+        return stop, warn
 
     def suspected_golds(self) -> dict[str, tuple[str, str, int]]:
         """sample id -> (gold, the answer that completions agree on instead, how many of them)."""
@@ -248,23 +289,53 @@ class RewardChecker:
         return {
             "decision": decision,
             "reasons": reasons,
-            "totals": dict(self.totals),
-            "table": {
-                f"reward_{'right' if a else 'wrong'}_second_{'right' if b else 'wrong'}": n
-                for (a, b), n in sorted(self.table.items())
-            },
+            "totals": dict(sorted(self.totals.items())),
+            "steps": [{"step": step, "decision": decision} for step, decision in self.steps],
             "suspected_golds": {k: list(v) for k, v in self.suspected_golds().items()},
             "quarantined": self.quarantined,
             "thresholds": asdict(self.thresholds),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything it remembers, as plain data."""
+        return {
+            "totals": dict(self.totals),
+            "recent": [dict(count) for count in self.recent],
+            "cases": [asdict(case) for case in self.cases],
+            "steps": [list(step) for step in self.steps],
+            "series": {k: [None if x != x else x for x in v] for k, v in self.series.items()},
+            "wrong_answers": {k: dict(v) for k, v in self.wrong_answers.items()},
+            "golds": self.golds,
+            "rewarded": dict(self.rewarded),
+            "faulty": dict(self.faulty),
+            "disputed": dict(self.disputed),
+            "quarantined": self.quarantined,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where state_dict was taken."""
+        self.totals = Counter(state["totals"])
+        self.recent = deque((Counter(count) for count in state["recent"]), maxlen=self.window)
+        self.cases = [Case(**case) for case in state["cases"]]
+        self.steps = [(int(step), decision) for step, decision in state["steps"]]
+        series = {k: [float("nan") if x is None else x for x in v] for k, v in state["series"].items()}
+        self.series = defaultdict(list, series)
+        self.wrong_answers = defaultdict(Counter, {k: Counter(v) for k, v in state["wrong_answers"].items()})
+        self.golds = dict(state["golds"])
+        self.rewarded, self.faulty, self.disputed = (Counter(state[k]) for k in ("rewarded", "faulty", "disputed"))
+        self.quarantined = dict(state["quarantined"])
+
     def _quarantine(self) -> list[str]:
         """Rules: a suspected gold; two faults of grading; two disputes. Returns the new ones."""
         before = set(self.quarantined)
-        for sample in self.suspected_golds():
-            self.quarantined.setdefault(sample, "suspected gold")
-        for counter, why in ((self.faulty, "grading faults"), (self.disputed, "disputed by the second checker")):
-            for sample, number in counter.items():
+        if "suspected_gold" in self.rules:
+            for sample in self.suspected_golds():
+                self.quarantined.setdefault(sample, "suspected gold")
+        for rule, counter, why in (
+            ("grading_faults", self.faulty, "grading faults"),
+            ("disputed", self.disputed, "disputed by the second checker"),
+        ):
+            for sample, number in counter.items() if rule in self.rules else ():
                 if number >= 2:
                     self.quarantined.setdefault(sample, why)
         return sorted(set(self.quarantined) - before)
@@ -277,7 +348,7 @@ class RewardChecker:
         if sum(case.kind == kind for case in self.cases) >= max(1, self.keep // 8):
             return
         box = last_boxed(row["response"]) or ""
-        case = Case(step, row["sample_id"], row["rollout"], kind, box[:300], row["gold"][:300], float(row["reward"]), bool(row["correct"]), second, row["response"][-1500:])  # fmt: skip  # noqa: E501
+        case = Case(step, row["sample_id"], row["rollout"], kind, box[:300], row["gold"][:300], float(row["reward"]), bool(row["correct"]), second, row["response"][-1500:])  # fmt: skip
         self.cases.append(case)
 
 

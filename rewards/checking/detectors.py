@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import sqrt
 
 from plumbline.rewards.extraction import count_boxes, last_boxed
 from plumbline.rewards.shaping import is_repetitive
@@ -46,21 +47,31 @@ DETECTORS = {
 }
 
 
-def slope(values: Sequence[float]) -> float:
-    """Least-squares change per step; 0 for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return 0.0
-    middle = (n - 1) / 2
-    mean = sum(values) / n
-    spread = sum((i - middle) ** 2 for i in range(n))
-    return sum((i - middle) * (value - mean) for i, value in enumerate(values)) / spread
+def diverging(steps: Sequence[Mapping[str, int]], rise: float = 0.05, sigmas: float = 3.0, minimum: int = 20) -> bool:
+    """The reward rises over these steps while the second checker's accuracy falls, and chance does not explain it.
 
+    Looks at completions that both graded: between the first and the second half of the steps the share rewarded must
+    rise, and the share that the second checker holds right fall, each by at least `rise`, and the excess of the one over
+    the other must grow by more than `sigmas` standard errors.
 
-def diverging(rewarded: Sequence[float], second: Sequence[float], rise: float = 0.05) -> bool:
-    """The reward rises over the window while the second checker's accuracy falls, each by at least `rise`."""
-    n = len(rewarded) - 1
-    return n >= 3 and slope(rewarded) * n >= rise and slope(second) * n <= -rise
+    Args:
+        steps: counts of each step, with regraded and reward_{right,wrong}_second_{right,wrong}.
+        minimum: completions that each half must hold.
+    """
+    halves = []
+    for part in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
+        n = sum(count.get("regraded", 0) for count in part)
+        if n < minimum:
+            return False
+        false = sum(count.get("reward_right_second_wrong", 0) for count in part) / n
+        missed = sum(count.get("reward_wrong_second_right", 0) for count in part) / n
+        both = sum(count.get("reward_right_second_right", 0) for count in part) / n
+        excess = false - missed
+        halves.append((false + both, missed + both, excess, (false + missed - excess**2) / n))
+    (reward, second, excess, noise), (reward_now, second_now, excess_now, noise_now) = halves
+    if reward_now - reward < rise or second - second_now < rise:
+        return False
+    return excess_now - excess > sigmas * sqrt(noise + noise_now)
 
 
 def length_drift(lengths: Sequence[float], factor: float = 2.0) -> bool:

@@ -10,7 +10,7 @@ logging.disable(logging.CRITICAL)
 
 
 def agrees(answer: str, gold: str) -> bool:
-    """Whether math-verify holds a boxed answer equal to a boxed gold. Raises ValueError when it cannot read the gold."""  # noqa: E501
+    """Whether math-verify holds a boxed answer equal to a boxed gold. Raises ValueError when it cannot read the gold."""
     # Timeouts inside math-verify need signals and do not kill; the parent's limit does.
     reference = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
     if not reference:

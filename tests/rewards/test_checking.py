@@ -8,6 +8,7 @@ import pytest
 from plumbline.rewards.checking.checker import RewardChecker, Thresholds
 from plumbline.rewards.checking.detectors import boxed_question, diverging, length_drift
 from plumbline.rewards.checking.report import check_run, read_completions
+from plumbline.rewards.workers import Grader
 
 WORK = "We add the two numbers with care, and carry where it is needed. "
 
@@ -22,16 +23,22 @@ def rows(step, *, any_box=False, wrong_golds=0.0, boxes=1, accuracy=0.6, samples
             answer = right if random.random() < accuracy or number < wrong_golds * samples else right + 2 + rollout
             text = WORK + " ".join(f"\\boxed{{{answer + extra}}}" for extra in range(boxes - 1, -1, -1))
             correct = True if any_box else answer == gold
-            out.append({"step": step, "sample_id": f"s{number}", "rollout": rollout, "prompt": f"What is {right - 1} plus 1?", "response": text,  # noqa: E501
-                        "gold": str(gold), "reward": float(correct), "correct": correct, "reason": "correct" if correct else "wrong", "tokens": 30,  # noqa: E501
+            out.append({"step": step, "sample_id": f"s{number}", "rollout": rollout, "prompt": f"What is {right - 1} plus 1?", "response": text,
+                        "gold": str(gold), "reward": float(correct), "correct": correct, "reason": "correct" if correct else "wrong", "tokens": 30,
                         "truncated": False})  # fmt: skip
     return out
 
 
+@pytest.fixture(scope="module")
+def second():
+    """math-verify takes seconds to import: one child serves all tests."""
+    with Grader(1, 60.0, second=True) as grader:
+        yield grader
+
+
 @pytest.fixture
-def checker():
-    with RewardChecker(share=0.25, timeout=20.0) as made:
-        yield made
+def checker(second):
+    return RewardChecker(share=0.25, second=second)
 
 
 def test_a_sound_run_is_ok(checker):
@@ -70,8 +77,15 @@ def test_faults_of_grading_count(checker):
 
 
 def test_drifts():
-    assert diverging([0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.3, 0.2])
-    assert not diverging([0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5])
+    def step(right_right, right_wrong, wrong_wrong, wrong_right=0):
+        return {"regraded": right_right + right_wrong + wrong_wrong + wrong_right, "reward_right_second_right": right_right,
+                "reward_right_second_wrong": right_wrong, "reward_wrong_second_right": wrong_right}  # fmt: skip
+
+    assert diverging([step(20, 0, 20), step(18, 4, 18), step(14, 12, 14), step(10, 22, 8)])
+    assert not diverging([step(10, 0, 30), step(15, 0, 25), step(20, 0, 20), step(25, 0, 15)])
+    # A reward that falls with the second checker's accuracy, and chance in a handful of completions, are no divergence.
+    assert not diverging([step(20, 0, 20), step(18, 0, 22), step(14, 1, 25), step(10, 1, 29)])
+    assert not diverging([step(2, 0, 1), step(1, 2, 0)])
     assert length_drift([10, 10, 20, 25])
     assert not length_drift([10, 11, 10, 11])
     question = "How many apples does Mary have if she buys three more apples today?"
@@ -91,8 +105,53 @@ def test_a_finished_run(tmp_path, checker):
     assert json.loads((tmp_path / "out" / "check.json").read_text())["totals"]["completions"] == 320
     page = (tmp_path / "out" / "check.html").read_text()
     assert "STOP" in page
-    assert "false reward" in page
+    assert "rewarded, second checker says wrong: step 1" in page
+    assert "<svg" in page
     assert len(page) < 200_000
+    assert (tmp_path / "out" / "quarantine.txt").read_text().split()
+
+
+def test_the_state_goes_on_where_it_was(checker):
+    other = RewardChecker(share=0.25, second=checker.second)
+    for step in (1, 2):
+        checker.check(step, rows(step, wrong_golds=0.05, accuracy=0.5))
+    other.load_state_dict(json.loads(json.dumps(checker.state_dict())))
+    assert other.state_dict() == checker.state_dict()
+    later = rows(3, any_box=True, accuracy=0.3)
+    assert other.check(3, later) == checker.check(3, later)
+    assert other.summary() == checker.summary()
+
+
+def test_trouble_that_begins_late_is_not_diluted(second):
+    checker = RewardChecker(share=1.0, second=second, window=2)
+    for step in range(1, 9):
+        assert checker.check(step, rows(step, samples=8)).decision == "ok"
+    for step in (9, 10):
+        report = checker.check(step, rows(step, samples=8, any_box=True, accuracy=0.3))
+    assert report.decision == "stop"
+    assert any("in the last 2 steps" in reason for reason in report.reasons)
+
+
+def test_a_reward_function_that_pays_for_wrong_answers_is_seen(checker):
+    paid = [{**row, "reward": 1.0} for row in rows(1, accuracy=0.3)]
+    report = checker.check(1, paid)
+    assert report.decision == "stop"
+    verdicts_alone = RewardChecker(share=0.25, thresholds=Thresholds(credit=None), second=checker.second)
+    assert verdicts_alone.check(1, paid).decision == "ok"
+
+
+def test_a_right_answer_punished_for_its_length_is_no_dispute(checker):
+    report = checker.check(1, [{**row, "reward": row["reward"] - 1} for row in rows(1)])
+    assert report.decision == "ok", report.reasons
+
+
+def test_rules_of_quarantine(second):
+    checker = RewardChecker(share=0.25, second=second, rules=["disputed"])
+    checker.check(1, rows(1, wrong_golds=0.05))
+    assert checker.suspected_golds()
+    assert not checker.quarantined
+    with pytest.raises(ValueError, match="quarantine rule"):
+        RewardChecker(rules=["astrology"])
 
 
 def test_bad_input(tmp_path, checker):

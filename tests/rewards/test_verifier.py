@@ -57,9 +57,9 @@ def test_check_gold():
     assert "braces" in check_gold("\\frac{1}{2")
 
 
-PIECES = ["\\frac", "{", "}", "1", "22", "x", "^", "_", "\\sqrt", "(", ")", "[", "]", ",", "\\boxed{", "+", "-", "*", "/", "!", "\\pm", "=", "<", "\\le",  # noqa: E501
-          "\\text{or}", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", ":", "0.", "\\overline", "\\cup", "\\infty", "\\pi", "e", "i", "\\sin", "|",  # noqa: E501
-          "\\{", "\\}", " ", "\\%", "^\\circ", "\\$", "9^9^9^9", "\\log_", "\\binom", "...", "\\in", "\\mathbb{R}", "\\setminus", "\\left", "\\ne"]  # fmt: skip  # noqa: E501
+PIECES = ["\\frac", "{", "}", "1", "22", "x", "^", "_", "\\sqrt", "(", ")", "[", "]", ",", "\\boxed{", "+", "-", "*", "/", "!", "\\pm", "=", "<", "\\le",
+          "\\text{or}", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", ":", "0.", "\\overline", "\\cup", "\\infty", "\\pi", "e", "i", "\\sin", "|",
+          "\\{", "\\}", " ", "\\%", "^\\circ", "\\$", "9^9^9^9", "\\log_", "\\binom", "...", "\\in", "\\mathbb{R}", "\\setminus", "\\left", "\\ne"]  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

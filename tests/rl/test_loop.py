@@ -31,7 +31,8 @@ def config(policy_path, output, **changes):
         # Prompts a step do not divide the set, so the runs below cross epochs in the middle of a step.
         "rollout": {"prompts_per_step": 4, "completions_per_prompt": 3, "max_new_tokens": 6, "slots": 6},
         "learner": {"learning_rate": 1e-2, "tokens_per_microbatch": 64, "threads": 1, "warmup_steps": 1},
-        "reward": {"shaping": "plumbline.testing:short_is_good"},
+        # Lengths are no measure of correctness, so the reward check looks at the verdicts alone.
+        "reward": {"shaping": "plumbline.testing:short_is_good", "checking": {"share": 0.5, "credit": None}},
         "checkpoint": {"every_steps": 2, "keep": 3},
         "ray": {"dashboard": False},
     }
@@ -84,6 +85,9 @@ def test_a_run_leaves_everything_behind(straight, policy_path):
     assert len(completions) == result.rollouts
     assert [row["sample_id"] for row in completions] == [row["sample_id"] for row in history]
     assert len(list((cfg.folder / "tensorboard").iterdir())) == 1
+    assert all(row["check/completions"] == 12 and row["check/decision"] == 0 for row in metrics)
+    assert 0 < sum(row["check/regraded"] for row in metrics) < result.rollouts
+    assert json.loads((cfg.folder / "check.json").read_text())["totals"]["completions"] == result.rollouts
     start, end = load_policy(policy_path, dtype=torch.float32).state_dict(), weights(result)
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
@@ -96,7 +100,7 @@ def test_every_sample_comes_once_an_epoch(straight):
 
 
 def test_two_plus_two_steps_equal_four(straight, policy_path, roles, tmp_path):
-    _, whole = straight
+    source, whole = straight
     cfg = config(policy_path, tmp_path)
     run(cfg.model_copy(update={"steps": 2}), roles)
     # What a killed run wrote after its checkpoint must not be counted twice.
@@ -108,6 +112,7 @@ def test_two_plus_two_steps_equal_four(straight, policy_path, roles, tmp_path):
         assert torch.equal(tensor, weights(parts)[name]), name
     assert read_history(cfg.folder / "history").num_rows == 4 * 12
     assert [row["step"] for row in read_metrics(cfg.folder)] == [1, 2, 3, 4]
+    assert (cfg.folder / "check.json").read_text() == (source.folder / "check.json").read_text()
 
 
 def test_a_damaged_checkpoint_is_passed_over(straight, policy_path, roles, tmp_path):

@@ -223,3 +223,25 @@ def test_speed_asks_for_the_rest_first():
 def test_speed_refuses_nonsense(options, words):
     with pytest.raises(ValueError, match=words):
         SpeedSampler(IDS, 0, **options)
+
+
+@pytest.mark.parametrize("kind", sorted(SAMPLERS))
+def test_what_is_left_out_is_never_drawn_again(kind):
+    ids = [f"s{number}" for number in range(12)]
+    options = (
+        {"difficulty": {sample_id: number for number, sample_id in enumerate(ids)}} if kind == "curriculum" else {}
+    )
+    sampler = SAMPLERS[kind](ids, 0, **options)
+    sampler.next(5)
+    sampler.leave_out(["s0", "s7", "unknown"])
+    copy = SAMPLERS[kind](ids, 0, **options)
+    copy.load_state_dict(sampler.state_dict())
+    drawn = []
+    for _ in range(8):
+        draws = sampler.next(6)
+        drawn += draws
+        assert copy.next(6) == draws
+    assert {draw.sample_id for draw in drawn}.isdisjoint({"s0", "s7"})
+    assert len({draw.sample_id for draw in drawn}) == 10 or kind == "curriculum"
+    with pytest.raises(ValueError, match="left out"):
+        sampler.leave_out(ids)

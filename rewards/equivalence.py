@@ -7,14 +7,10 @@ child must compare at high precision (`deep`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 from plumbline.rewards import units
-from plumbline.rewards.normal import ONE, Normaliser, TooHard, Value, is_algebraic
-from plumbline.rewards.numeric import Double, Evaluator, Unevaluable, has_imaginary, points, symbols, uses_calls
-from plumbline.rewards.parser import Node
-from plumbline.rewards.structure import (
+from plumbline.rewards.answers import (
     Answer,
     Base,
     Choice,
@@ -24,16 +20,16 @@ from plumbline.rewards.structure import (
     Matrix,
     Ordered,
     Ratio,
-    Reals,
     Relation,
-    Union,
     Words,
-    is_wordy,
-    read,
-    words_of,
 )
+from plumbline.rewards.parser import Node
+from plumbline.rewards.polynomials import TooHard
+from plumbline.rewards.sets import pieces, set_like, set_name
+from plumbline.rewards.structure import read
+from plumbline.rewards.values import Truth, Values, all_of
+from plumbline.rewards.wording import is_wordy, words_of
 
-Truth = bool | None
 MAX_ITEMS = 200
 _PLAIN_SPACE = re.compile(r"(?:\s|~|\\[,;:! ]|\\left(?![a-z])|\\right(?![a-z]))+")
 
@@ -76,21 +72,11 @@ def _other_commas(text: str) -> str:
     return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ", ", text)
 
 
-def all_of(truths: Iterable[Truth]) -> Truth:
-    result: Truth = True
-    for truth in truths:
-        if truth is False:
-            return False
-        if truth is None:
-            result = None
-    return result
-
-
-class Comparison:
+class Comparison(Values):
     """One comparison of two answers."""
 
     def __init__(self, deep: bool) -> None:
-        self.deep = deep
+        super().__init__(deep)
         self.pairs = 0
 
     # -- structures ---------------------------------------------------------------------------------------------
@@ -271,57 +257,6 @@ class Comparison:
                     x, y = ("mul", x, ("num", first[1])), ("mul", y, ("num", second[1]))
         return self.equal(x, y)
 
-    def equal(self, a: Node, g: Node) -> Truth:
-        """Whether two trees are the same number or function."""
-        if a == g:
-            return True
-        if a[0] == g[0] == "num":
-            return a[1] == g[1]
-        forms = Normaliser()
-        try:
-            x, y = forms.normal(a), forms.normal(g)
-            if forms.same(x, y):
-                return True
-            if is_algebraic(x) and is_algebraic(y):
-                return False
-        except TooHard:
-            pass
-        if uses_calls(a) or uses_calls(g):
-            return False
-        names = symbols(a) | symbols(g)
-        complexes = has_imaginary(a) or has_imaginary(g)
-        return self.sampled(sorted(names), lambda lib, point: _differ(lib, point, a, g, complexes))
-
-    def sampled(self, names: list[str], test: Callable[..., Truth]) -> Truth:
-        """A test at fixed points: False as soon as one point tells the trees apart; True only at high precision."""
-        if len(names) > 12:
-            raise TooHard("too many symbols")
-        told = 0
-        for point in points(names):
-            try:
-                differ = test(Double(), point)
-            except (Unevaluable, OverflowError, ZeroDivisionError):
-                continue
-            if differ:
-                return False
-            if differ is not None:
-                told += 1
-        if not self.deep:
-            return None
-        from plumbline.rewards.deep import Precise
-
-        told = 0
-        for point in points(names):
-            try:
-                differ = test(Precise(120), point)
-            except (Unevaluable, OverflowError, ZeroDivisionError):
-                continue
-            if differ:
-                return False
-            if differ is not None:
-                told += 1
-        return told >= (2 if names else 1)
-
     # -- relations ----------------------------------------------------------------------------------------------
 
     def relations(self, a: Answer, g: Answer) -> Truth:
@@ -370,51 +305,13 @@ class Comparison:
             ("add", nodes[0], ("neg", nodes[1])), ("add", nodes[2], ("neg", nodes[3])), directed=op_a[0] == "<"
         )
 
-    def proportional(self, f: Node, h: Node, *, directed: bool) -> Truth:
-        """Whether f = c h for a constant c (positive where `directed`), or f and h have proportional numerators."""
-        names = sorted(symbols(f) | symbols(h))
-        if symbols(f) != symbols(h) or not names or uses_calls(f) or uses_calls(h):
-            return False
-        forms = Normaliser()
-        try:
-            x, y = forms.normal(f), forms.normal(h)
-            if not x[0] or not y[0]:
-                return False
-            if directed and (not _constant(x[1]) or not _constant(y[1])):
-                raise TooHard("denominator")
-            top_x, top_y = _numerator(x, directed), _numerator(y, directed)
-            if set(top_x) == set(top_y):
-                lead = min(top_x)
-                c = top_x[lead] / top_y[lead]
-                if all(top_x[m] == c * top_y[m] for m in top_x):
-                    signs = x[1].get(ONE, Fraction(1)) * y[1].get(ONE, Fraction(1))
-                    return not directed or c * signs > 0
-        except TooHard:
-            pass
-        ratios: list[complex] = []
-
-        def test(lib: object, point: dict[str, Fraction]) -> Truth:
-            evaluator = Evaluator(lib, point)
-            value, error = evaluator.divide(evaluator.value(f), evaluator.value(h))
-            if not ratios:
-                ratios.append(value)
-                return None
-            if isinstance(value, complex) != isinstance(ratios[0], complex):
-                ratios[0] = value
-                return None
-            if directed and value.real <= 0:
-                return True
-            return abs(value - ratios[0]) > 100 * error + abs(value) * 1e-12
-
-        return self.sampled(names, test)
-
     # -- sets of real numbers -----------------------------------------------------------------------------------
 
     def sets(self, a: Answer, g: Answer) -> Truth:
         """Whether both are the same set of real numbers: intervals, unions, inequalities in one name, excluded points."""
-        if not (_set_like(a) and _set_like(g)):
+        if not (set_like(a) and set_like(g)):
             return False
-        name_a, name_g = _set_name(a), _set_name(g)
+        name_a, name_g = set_name(a), set_name(g)
         if name_a and name_g and name_a != name_g:
             return False
         first, second = pieces(a), pieces(g)
@@ -430,173 +327,6 @@ class Comparison:
                 if u is not None and v is not None:
                     truths.append(self.equal(u, v))
         return all_of(truths)
-
-
-class Piece:
-    """An interval of real numbers; None stands for an infinite end."""
-
-    def __init__(self, low: Node | None, low_closed: bool, high: Node | None, high_closed: bool) -> None:
-        self.low, self.low_closed, self.high, self.high_closed = low, low_closed, high, high_closed
-        self.at = (-float("inf") if low is None else _real(low), float("inf") if high is None else _real(high))
-
-
-def _real(node: Node) -> float:
-    value, _ = Evaluator(Double(), {}).value(node)
-    if abs(value.imag) > 1e-9:
-        raise Unevaluable("not real")
-    return value.real
-
-
-def pieces(answer: Answer) -> list[Piece] | None:
-    """A set of real numbers as separate intervals in order; None if it is none."""
-    try:
-        found = _pieces(answer)
-    except (Unevaluable, KeyError):
-        return None
-    return None if found is None else _merged(found)
-
-
-def _pieces(answer: Answer) -> list[Piece] | None:
-    if isinstance(answer, Reals):
-        return [Piece(None, False, None, False)]
-    if isinstance(answer, Ordered) and len(answer.items) == 2:
-        ends = [_end(item) for item in answer.items]
-        if any(end is None for end in ends):
-            return None
-        (low, low_sign), (high, high_sign) = ends  # type: ignore[misc]
-        if low_sign == 1 or high_sign == -1:
-            return None
-        low_closed, high_closed = answer.opening == "[", answer.closing == "]"
-        if (low is None and low_closed) or (high is None and high_closed):
-            return None
-        piece = Piece(low, low_closed, high, high_closed)
-        return [piece] if piece.at[0] <= piece.at[1] else None
-    if isinstance(answer, Union):
-        out: list[Piece] = []
-        for part in answer.parts:
-            found = _pieces(part)
-            if found is None:
-                return None
-            out.extend(found)
-        for gone in answer.removed:
-            holes = gone.items if isinstance(gone, Many) else (gone,)
-            for hole in holes:
-                if not isinstance(hole, Expr):
-                    return None
-                out = _without(out, hole.node)
-        return out
-    if isinstance(answer, Relation):
-        if answer.ops == ("in",) and answer.names[0]:
-            return _pieces(answer.sides[1])
-        return _solutions(answer)
-    if isinstance(answer, Many):
-        if answer.braced and all(isinstance(item, Expr) for item in answer.items):
-            return [Piece(item.node, True, item.node, True) for item in answer.items if isinstance(item, Expr)]
-        if answer.items and all(isinstance(item, Relation) for item in answer.items):
-            if all(isinstance(item, Relation) and item.ops == ("!=",) for item in answer.items):
-                out = [Piece(None, False, None, False)]
-                for item in answer.items:
-                    excluded = item.sides[1] if isinstance(item, Relation) else None
-                    if not isinstance(excluded, Expr):
-                        return None
-                    out = _without(out, excluded.node)
-                return out
-            out = []
-            for item in answer.items:
-                found = _pieces(item)
-                if found is None:
-                    return None
-                out.extend(found)
-            return out
-    return None
-
-
-def _end(item: Answer) -> tuple[Node | None, int] | None:
-    if isinstance(item, Infinite):
-        return None, item.sign
-    return (item.node, 0) if isinstance(item, Expr) and not symbols(item.node) else None
-
-
-def _solutions(relation: Relation) -> list[Piece] | None:
-    """The solutions of x < a, a < x <= b, x != a in one name."""
-    spot = [i for i, name in enumerate(relation.names) if name and len(name) <= 12 and not name.startswith("(")]
-    if len(spot) != 1 or any(op not in ("<", "<=", ">", ">=", "!=") for op in relation.ops):
-        return None
-    at = spot[0]
-    others = [side for i, side in enumerate(relation.sides) if i != at]
-    if any(not isinstance(s, (Expr, Infinite)) or (isinstance(s, Expr) and symbols(s.node)) for s in others):
-        return None
-    if relation.ops == ("!=",):
-        hole = others[0]
-        return _without([Piece(None, False, None, False)], hole.node) if isinstance(hole, Expr) else None
-    if len(relation.sides) == 2:
-        end = others[0]
-        node = end.node if isinstance(end, Expr) else None
-        op = relation.ops[0] if at == 0 else relation.ops[0].translate(str.maketrans("<>", "><"))
-        closed = op.endswith("=") and node is not None
-        return [Piece(None, False, node, closed)] if op[0] == "<" else [Piece(node, closed, None, False)]
-    if len(relation.sides) == 3 and at == 1 and len({op[0] for op in relation.ops}) == 1 and "!" not in relation.ops[0]:
-        low, high = others if relation.ops[0][0] == "<" else others[::-1]
-        low_op, high_op = relation.ops if relation.ops[0][0] == "<" else relation.ops[::-1]
-        low_node, high_node = (s.node if isinstance(s, Expr) else None for s in (low, high))
-        piece = Piece(
-            low_node, "=" in low_op and low_node is not None, high_node, "=" in high_op and high_node is not None
-        )
-        return [piece] if piece.at[0] <= piece.at[1] else None
-    return None
-
-
-def _without(parts: list[Piece], hole: Node) -> list[Piece]:
-    x, out = _real(hole), []
-    for piece in parts:
-        low, high = piece.at
-        if low < x < high:
-            out += [Piece(piece.low, piece.low_closed, hole, False), Piece(hole, False, piece.high, piece.high_closed)]
-        elif x == low < high:
-            out.append(Piece(piece.low, False, piece.high, piece.high_closed))
-        elif x == high > low:
-            out.append(Piece(piece.low, piece.low_closed, piece.high, False))
-        elif not x == low == high:
-            out.append(piece)
-    return out
-
-
-def _merged(parts: list[Piece]) -> list[Piece]:
-    out: list[Piece] = []
-    for piece in sorted(parts, key=lambda p: (p.at[0], not p.low_closed, p.at[1])):
-        if out:
-            last = out[-1]
-            if piece.at[0] < last.at[1] or (piece.at[0] == last.at[1] and (piece.low_closed or last.high_closed)):
-                further = piece.at[1] > last.at[1] or (piece.at[1] == last.at[1] and piece.high_closed)
-                end, closed = (piece.high, piece.high_closed) if further else (last.high, last.high_closed)
-                out[-1] = Piece(last.low, last.low_closed, end, closed)
-                continue
-        out.append(piece)
-    return out
-
-
-def _set_like(answer: Answer) -> bool:
-    if isinstance(answer, Many):
-        return bool(answer.items) and (answer.braced or all(isinstance(item, Relation) for item in answer.items))
-    return isinstance(answer, (Reals, Ordered, Union, Relation))
-
-
-def _set_name(answer: Answer) -> str:
-    if isinstance(answer, Relation):
-        return next((name for name in answer.names if name), "")
-    if isinstance(answer, Many) and answer.items and isinstance(answer.items[0], Relation):
-        return _set_name(answer.items[0])
-    return ""
-
-
-def _differ(lib: object, point: dict[str, Fraction], a: Node, g: Node, complexes: bool) -> Truth:
-    evaluator = Evaluator(lib, point)
-    (x, e), (y, f) = evaluator.value(a), evaluator.value(g)
-    if not complexes and point:
-        real_x, real_y = abs(x.imag) <= 10 * e, abs(y.imag) <= 10 * f
-        if not (real_x and real_y):
-            return None  # outside the real domain of one of them
-    return bool(abs(x - y) > 10 * (e + f))
 
 
 def _letter(answer: Answer) -> str | None:
@@ -647,29 +377,3 @@ def _wordy_name(name: str) -> bool:
 def _flipped(relation: Relation) -> Relation:
     swap = str.maketrans("<>", "><")
     return Relation(relation.sides[::-1], tuple(op.translate(swap) for op in relation.ops[::-1]), relation.names[::-1])
-
-
-def _constant(poly: dict) -> bool:
-    return len(poly) == 1 and ONE in poly
-
-
-def _numerator(value: Value, directed: bool) -> dict:
-    """The numerator, products with negative exponents cleared (not for inequalities: that could turn them)."""
-    top = value[0]
-    if directed:
-        return top
-    lowest: dict[str, Fraction] = {}
-    for mono in top:
-        for atom, e in mono:
-            if atom.startswith("s:"):
-                lowest[atom] = min(lowest.get(atom, Fraction(0)), e)
-    lowest = {atom: e for atom, e in lowest.items() if e < 0}
-    if not lowest:
-        return top
-    out = {}
-    for mono, c in top.items():
-        exponents = dict(mono)
-        for atom, e in lowest.items():
-            exponents[atom] = exponents.get(atom, Fraction(0)) - e
-        out[tuple(sorted((atom, e) for atom, e in exponents.items() if e))] = c
-    return out

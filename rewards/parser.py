@@ -6,14 +6,12 @@ Nodes: ("num", Fraction), ("sym", name), ("const", "pi" | "e" | "i" | "inf"), ("
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 
+from plumbline.rewards.cursor import MAX_DEPTH, Cursor, Node
 from plumbline.rewards.latex import FUNCTIONS, Token, Unreadable
 
-Node = tuple
-MAX_DEPTH = 60
 MAX_FACTORS = 100
 _GREEK = {
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau",
@@ -55,26 +53,7 @@ def parse(tokens: list[Token]) -> Node:
     return node
 
 
-class _Parser:
-    def __init__(self, tokens: list[Token]) -> None:
-        self.tokens = tokens
-        self.at = 0
-        self.depth = 0
-        self.bars = 0
-
-    def peek(self, ahead: int = 0) -> Token | None:
-        at = self.at + ahead
-        return self.tokens[at] if at < len(self.tokens) else None
-
-    def see(self, *values: str) -> bool:
-        token = self.peek()
-        return token is not None and token.kind != "t" and token.value in values
-
-    def take(self, value: str) -> None:
-        if not self.see(value):
-            raise Unreadable(f"expected {value!r}")
-        self.at += 1
-
+class _Parser(Cursor):
     def sum(self) -> Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -166,16 +145,6 @@ class _Parser:
                 value = ("fn", "factorial", value)
             else:
                 return value
-
-    def degree(self) -> bool:
-        if self.see("\\circ"):
-            self.at += 1
-            return True
-        ahead = [self.peek(0), self.peek(1), self.peek(2)]
-        if [t.value if t else "" for t in ahead] in (["{", "\\circ", "}"], ["{", "o", "}"]):
-            self.at += 3
-            return True
-        return False
 
     def argument(self) -> Node:
         """What a LaTeX command takes: a braced group or one token; a whole number counts as one token."""
@@ -273,14 +242,6 @@ class _Parser:
                     return ("num", value + Fraction(top, low))
         return ("num", value)
 
-    def nested(self, read: Callable[[], Node]) -> Node:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
-        value = read()
-        self.depth -= 1
-        return value
-
     def atom(self) -> Node:
         return self.nested(self.plain_atom)
 
@@ -365,37 +326,6 @@ class _Parser:
         if letter in "fghFG" and self.see("("):
             return ("fn", "call:" + letter, *self.arguments())
         return self.symbol(letter)
-
-    def symbol(self, name: str) -> Node:
-        while self.see("'"):
-            self.at += 1
-            name += "'"
-        if self.see("_"):
-            self.at += 1
-            name += "_" + self.subscript()
-        while self.see("'"):
-            self.at += 1
-            name += "'"
-        return ("sym", name)
-
-    def subscript(self) -> str:
-        token = self.peek()
-        if token is None:
-            raise Unreadable("a subscript is missing")
-        self.at += 1
-        if token.value != "{":
-            return token.value
-        depth, parts = 1, []
-        while depth:
-            token = self.peek()
-            if token is None:
-                raise Unreadable("braces do not match")
-            self.at += 1
-            if token.kind != "t":
-                depth += {"{": 1, "}": -1}.get(token.value, 0)
-            if depth:
-                parts.append(token.value.strip())
-        return "".join(parts)
 
     def root(self) -> Node:
         index: Node = ("num", Fraction(2))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from plumbline.rewards.answers import Many, Words
 from plumbline.rewards.equivalence import compare
 from plumbline.rewards.extraction import final_phrase, last_boxed
-from plumbline.rewards.normal import TooHard
-from plumbline.rewards.structure import Many, Words, read
+from plumbline.rewards.polynomials import TooHard
+from plumbline.rewards.structure import read
 from plumbline.rewards.verdict import Verdict
 
 __all__ = ["Verdict", "check_gold", "grade", "grade_many"]

@@ -1,0 +1,91 @@
+"""Brackets, separators and digit groups in a list of tokens."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from plumbline.rewards.latex import Token
+
+_OPEN = {"(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "\\lvert", "\\begin"}
+_CLOSE = {")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\rvert", "\\end"}
+_THOUSANDS = re.compile(r"[-+]?(?:\\dollar\s?)?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+
+
+def unwrap_braces(tokens: list[Token]) -> list[Token]:
+    while (
+        len(tokens) > 2
+        and not any(t.value in ("\\over", "\\choose") for t in tokens)
+        and tokens[0].value == "{"
+        and tokens[-1].value == "}"
+        and all(d >= 0 for d in depths(tokens[1:-1]))
+    ):
+        tokens = tokens[1:-1]
+    return tokens
+
+
+def depths(tokens: list[Token]) -> list[int]:
+    """Nesting level of each token; an opening and its closing bracket count as inside."""
+    out, level = [], 0
+    for token in tokens:
+        if token.kind == "t" or token.kind == "n":
+            out.append(level)
+        elif token.value in _OPEN:
+            level += 1
+            out.append(level)
+        elif token.value in _CLOSE:
+            out.append(level)
+            level -= 1
+        else:
+            out.append(level)
+    return out
+
+
+_AND = re.compile(r"^\s*,?\s*(?:and|or)\s*,?\s*$", re.IGNORECASE)
+
+
+def separates(token: Token) -> bool:
+    if token.kind == "t":
+        return _AND.match(token.value) is not None or token.value.strip() == ","
+    return token.value in (",", ";", "\\and", "\\or")
+
+
+def split(tokens: list[Token], spots: list[int]) -> list[list[Token]]:
+    out, start = [], 0
+    for spot in [*spots, len(tokens)]:
+        out.append(tokens[start:spot])
+        start = spot + 1
+    return out
+
+
+def whole_thousands(tokens: list[Token], commas: list[int], text: str) -> bool:
+    if any(tokens[i].value != "," or tokens[i].spaced for i in commas) or not text:
+        return False
+    head = re.match(_THOUSANDS, text.lstrip("\\dolar ") if text.startswith("\\dollar") else text)
+    if head is None:
+        return False
+    return all(
+        0 < i < len(tokens) - 1 and tokens[i - 1].kind == tokens[i + 1].kind == "n" and not tokens[i + 1].spaced
+        and len(tokens[i + 1].value.split(".")[0]) == 3 for i in commas
+    )  # fmt: skip
+
+
+def join_thousands(tokens: list[Token]) -> list[Token]:
+    out: list[Token] = []
+    for token in tokens:
+        if token.value == "," and token.kind == "x":
+            continue
+        if out and token.kind == "n" and out[-1].kind == "n":
+            digits = out[-1].value + token.value
+            out[-1] = Token("n", digits, out[-1].spaced, Fraction(digits))
+        else:
+            out.append(token)
+    return out
+
+
+def environment(tokens: list[Token], at: int) -> tuple[str, int]:
+    """(name, position after it) of \\begin{name} or \\end{name}."""
+    end = at + 2
+    while end < len(tokens) and tokens[end].value != "}":
+        end += 1
+    return "".join(t.value for t in tokens[at + 2 : end]), end + 1

@@ -1,0 +1,171 @@
+"""Answers that are words, or read like words: names, times of day, choices, base numerals, number words, the empty set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from plumbline.rewards.answers import Answer, Base, Choice, Expr, Infinite, Ratio, Reals, Words
+from plumbline.rewards.latex import Token
+
+_CLOCK = re.compile(
+    r"^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)\s*([ap])\.?\s?m\.?$|^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)$|^([0-9]{1,2})\s*([ap])\.?\s?m\.?$"
+)
+_CHOICE = re.compile(r"^\(?([A-J])\s*[).:]\s*(.*)$", re.DOTALL)
+_LETTER = re.compile(r"^\(?([A-Z])\)?$")
+_BASE = re.compile(
+    r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_\{?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\}?$"
+    r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) (?:\(?in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)$"
+)
+_NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"])}  # fmt: skip
+_UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox)(?![A-Za-z])")  # fmt: skip
+WHOLE_TEXT = re.compile(r"^\\(?:text|textbf|mathrm|mbox|textrm|textit|textnormal)\s?\{([^{}]*)\}$")
+SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
+_NAME = re.compile(
+    r"^(?:m?\\angle ?)?(?:\\(?:overline|triangle|vec|hat|mathbf|mathrm|widehat|mathcal)\{?)?(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho|tau|varphi|epsilon|ell|Delta|Omega))\}?'*"
+    r"(?:_(?:\{[^{}]{1,12}\}|[A-Za-z0-9]))?'*(?:(?:\^\{-1\})?\([A-Za-z0-9,. ]{1,12}\))?$"
+    r"|^(?:m?\\angle ?)?[A-Z]{1,4}$|^\\(?:overline|triangle)\{?[A-Z]{2,4}\}?$|^P\([A-Za-z ]{1,20}\)$|^\\text\{[A-Za-z .]{1,40}\}$|^[A-Za-z]{4,20}(?: [A-Za-z]{1,20}){0,4}$"
+)
+_NAME_TUPLE = re.compile(r"^\( ?[A-Za-z](?:_\{?[0-9a-z]\}?)?(?: ?, ?[A-Za-z](?:_\{?[0-9a-z]\}?)?)+ ?\)$")
+_REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real number", "\\mathbb{r}", "\\reals", "\\mathbb r", "the set of all real numbers", "reals", "r (all real numbers)", "all real values"}  # fmt: skip
+_SYNONYMS = {
+    "no solutions": "\\emptyset", "no solution": "\\emptyset", "empty set": "\\emptyset", "the empty set": "\\emptyset", "\\{\\}": "\\emptyset",
+    "\\{ \\}": "\\emptyset", "no real solutions": "\\emptyset", "no real solution": "\\emptyset", "dne": "does not exist", "undef": "undefined",
+    "infinity": "\\infty", "+\\infty": "\\infty", "negative infinity": "-\\infty", "noon": "12:00 pm", "midnight": "12:00 am",
+    "∅": "\\emptyset", "+infinity": "\\infty", "-infinity": "-\\infty", "infinite": "\\infty",
+}  # fmt: skip
+
+
+def words_of(text: str) -> str:
+    """The text without \\text and the like, braces, repeated spaces and a final full stop; lower case."""
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip().strip("\"'`“”").strip()
+    return text.rstrip(".").strip().lower()
+
+
+def is_wordy(text: str) -> bool:
+    """Whether the text is words rather than a formula."""
+    bare = re.sub(r"\\[A-Za-z]+", " ", text) if "\\" in text else text
+    return "\\text" in text or "\\mbox" in text or "\\mathrm" in text or re.search(r"[A-Za-z]{3,}", bare) is not None
+
+
+def read_words(text: str, read: Callable[[str], Answer]) -> Answer | None:
+    """The answer, if the text is one of these; `read` reads what stands beside a choice's letter."""
+    if text.isdigit():
+        return None
+    wordy = "\\" in text or any(c.isalpha() for c in text) or ":" in text or "_" in text
+    if not wordy:
+        return None
+    plain = words_of(text)
+    if text in ("\\{\\}", "\\{ \\}"):
+        return Words("\\emptyset")
+    if plain in _REALS:
+        return Reals()
+    plain = _SYNONYMS.get(plain, plain)
+    if plain in ("\\emptyset", "does not exist", "undefined"):
+        return Words(plain)
+    if plain in ("\\infty", "-\\infty"):
+        return Infinite(-1 if plain[0] == "-" else 1)
+    if plain in _NUMBER_WORDS:
+        return Expr(("num", Fraction(_NUMBER_WORDS[plain])))
+    if ":" in text or plain.endswith("m"):
+        clock = _CLOCK.match(plain)
+        if clock:
+            return read_clock(clock, plain)
+    if "_" in text or "base" in text:
+        base = _base_numeral(text)
+        if base is not None:
+            return base
+    cased = SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip() if "\\" in text else text
+    choice = _CHOICE.match(cased)
+    if choice and not re.match(r"^\(?[A-J]\)\s*[-+*/^=,(]", cased):
+        rest = _after_choice(text)
+        if cased[0] == "(" or ")" not in cased[:3] or "(" not in cased:
+            return Choice(choice.group(1), read(rest) if rest else None)
+    letter = _LETTER.match(cased)
+    if letter and ("\\text" in text or cased[0] == "("):
+        return Choice(letter.group(1), None)
+    return None
+
+
+def _after_choice(text: str) -> str:
+    inner = re.match(
+        r"^\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{\s*\(?[A-J]\s*[).:]?\s*([^{}]*)\}\s*[).:]?\s*(.*)$",
+        text,
+        re.DOTALL,
+    )
+    if inner:
+        return (inner.group(1) + " " + inner.group(2)).strip().strip("~").strip()
+    return re.sub(r"^\(?[A-J]\s*[).:]\s*", "", text).strip()
+
+
+def _base_numeral(text: str) -> Base | None:
+    if len(text) > 400:
+        return None
+    cased = SPACES.sub(" ", _UNWRAP.sub("", text.replace("{,}", ""))).replace("{", "").replace("}", "").strip()
+    match = _BASE.match(cased)
+    if not match:
+        return None
+    digits, base = match.group(1) or match.group(3), match.group(2) or match.group(4)
+    if digits.isalpha():
+        return None
+    number = int(base) if base.isdigit() else _NUMBER_WORDS[base]
+    digits = digits.replace(" ", "").replace("(", "").upper()
+    sign, digits = ("-", digits[1:]) if digits[0] == "-" else ("", digits)
+    return Base(sign + (digits.lstrip("0") or "0"), number)
+
+
+def is_word(tokens: list[Token]) -> bool:
+    """Letters that spell a word, and are no product of variables."""
+    if any(t.kind == "n" or (t.kind != "t" and not t.value.isalpha() and t.value not in "-'") for t in tokens):
+        return False
+    if any(t.kind == "t" for t in tokens):
+        return True
+    letters = "".join(t.value for t in tokens)
+    if letters in ("pi", "infinity", "inf", "oo") or len(letters) < 2 or not letters[0].isalpha() or "-" in letters:
+        return False
+    return (
+        letters.isupper()
+        or (len(letters) >= 4 and list(letters) != sorted(letters))
+        or (len(letters) > 2 and letters[0].isupper() and letters[1:].islower())
+    )
+
+
+def name_of(tokens: list[Token]) -> str | None:
+    """The side of a relation as text when it is a mere name: x, x_1, f(x), AB, \\angle A, (x, y), Area."""
+    text = "".join(
+        (" " if t.spaced and n else "") + (f"\\text{{{t.value.strip()}}}" if t.kind == "t" else t.value)
+        for n, t in enumerate(tokens)
+    )
+    if len(text) > 60:
+        return None
+    if _NAME.match(text) or _NAME_TUPLE.match(text):
+        return None if text in ("e", "i") else text
+    return None
+
+
+def is_spelled(name: str) -> bool:
+    """Names that are words or carry an angle sign, and so are no expression."""
+    return (
+        bool(re.search(r"\\text|\\angle|\\overline|\\triangle|\^\{-1\}|[A-Za-z]{2,}", name))
+        or name.startswith("(")
+        or name.startswith("P(")
+    )
+
+
+def read_clock(match: re.Match[str], plain: str) -> Answer:
+    hour, minute = match.group(1) or match.group(4) or match.group(6), match.group(2) or match.group(5) or "00"
+    half = match.group(3) or match.group(7) or ""
+    minute, _, second = minute.replace(" ", "").partition(":")
+    h, m = int(hour), int(minute)
+    if second:
+        return Words(f"{h}:{minute}:{second} {half}m" if half else f"{h}:{minute}:{second}")
+    if h > 24 or m > 59 or (half and not 1 <= h <= 12):
+        if half:
+            return Words(plain)
+        return Ratio((("num", Fraction(h)), ("num", Fraction(m))))
+    parts = (("num", Fraction(h)), ("num", Fraction(m)))
+    if half:
+        h = h % 12 + (12 if half == "p" else 0)
+    return Ratio(parts, (h, m), half)

@@ -19,10 +19,11 @@ class Expr:
 
 @dataclass(frozen=True)
 class Many:
-    """An unordered, complete list or {set}. `braced`: written with set braces."""
+    """An unordered, complete list or {set}. `braced`: written with set braces; `joined`: "and" or "or" if these words join it."""
 
     items: tuple[Answer, ...]
     braced: bool = False
+    joined: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,21 @@ class Union:
 
     parts: tuple[Answer, ...]
     removed: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Meet:
+    """Intersection of sets."""
+
+    parts: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Residue:
+    """A value modulo a whole number."""
+
+    value: Answer
+    modulus: int
 
 
 @dataclass(frozen=True)
@@ -96,4 +112,19 @@ class Infinite:
     sign: int
 
 
-Answer = Expr | Many | Ordered | Union | Matrix | Relation | Base | Ratio | Choice | Words | Reals | Infinite
+Answer = (
+    Expr
+    | Many
+    | Ordered
+    | Union
+    | Meet
+    | Residue
+    | Matrix
+    | Relation
+    | Base
+    | Ratio
+    | Choice
+    | Words
+    | Reals
+    | Infinite
+)

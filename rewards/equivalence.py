@@ -18,9 +18,11 @@ from plumbline.rewards.answers import (
     Infinite,
     Many,
     Matrix,
+    Meet,
     Ordered,
     Ratio,
     Relation,
+    Residue,
     Words,
 )
 from plumbline.rewards.parser import Node
@@ -40,7 +42,7 @@ def compare(answer: str, gold: str, *, deep: bool = False) -> Truth:
         return True
     if gold.lstrip().startswith("\\approx"):
         gold = gold.replace("\\approx", "", 1)
-        answer = answer.replace("\\approx", "", 1)
+        answer = answer.replace("\\approx", "=", 1)
     if answer.isascii() and gold.isascii() and answer.isdigit() and gold.isdigit():
         return answer.lstrip("0") == gold.lstrip("0")
     tight_a, tight_g = _PLAIN_SPACE.sub("", answer), _PLAIN_SPACE.sub("", gold)
@@ -91,6 +93,8 @@ class Comparison(Values):
             return self.answers(a.items[0], g) if not (a.braced and isinstance(a.items[0], Words)) else False
         if isinstance(g, Many) and len(g.items) == 1 and not isinstance(a, Many):
             return self.answers(a, g.items[0])
+        if isinstance(a, Residue) or isinstance(g, Residue):
+            return self.residues(a, g)
         if isinstance(a, Relation) or isinstance(g, Relation):
             return self.relations(a, g)
         if isinstance(a, Many) and isinstance(g, Many):
@@ -114,7 +118,30 @@ class Comparison(Values):
             return a.sign == g.sign
         if isinstance(a, (Matrix, Ordered)) and isinstance(g, (Matrix, Ordered)):
             return self.vectors(a, g)
+        if isinstance(a, Meet) and isinstance(g, Meet) and self.unordered(a.parts, g.parts):
+            return True
         return self.sets(a, g) is True
+
+    def residues(self, a: Answer, g: Answer) -> Truth:
+        """Values modulo one number; whole numbers agree when they differ by a multiple of it."""
+        if not isinstance(a, Residue) or not isinstance(g, Residue) or a.modulus != g.modulus or not a.modulus:
+            return False
+        values = []
+        for side in (a.value, g.value):
+            value = assigned_value(side) if isinstance(side, Relation) else side
+            node = value.node if isinstance(value, Expr) else None
+            sign = -1 if node is not None and node[0] == "neg" else 1
+            number = node[1] if node is not None and node[0] == "neg" else node
+            values.append(sign * number[1] if number is not None and number[0] == "num" else None)
+        if (
+            isinstance(a.value, Relation)
+            and isinstance(g.value, Relation)
+            and assigned_name(a.value) != assigned_name(g.value)
+        ):
+            return False
+        if None not in values:
+            return (values[0] - values[1]) % a.modulus == 0
+        return self.answers(a.value, g.value)
 
     def choices(self, a: Answer, g: Answer) -> Truth:
         letter_a, letter_g = _letter(a), _letter(g)
@@ -267,7 +294,7 @@ class Comparison(Values):
             return self.sets(a, g) is True
         relation, other = (a, g) if isinstance(a, Relation) else (g, a)
         assert isinstance(relation, Relation)
-        value = _assigned_value(relation)
+        value = assigned_value(relation)
         if value is not None:
             if relation.ops[-1] == "in" or len(relation.ops) == 1:
                 return self.answers(value, g) if relation is a else self.answers(a, value)
@@ -277,9 +304,9 @@ class Comparison(Values):
         return self.sets(a, g) is True
 
     def two_relations(self, a: Relation, g: Relation) -> Truth:
-        value_a, value_g = _assigned_value(a), _assigned_value(g)
+        value_a, value_g = assigned_value(a), assigned_value(g)
         if value_a is not None and value_g is not None:
-            name_a, name_g = _assigned_name(a), _assigned_name(g)
+            name_a, name_g = assigned_name(a), assigned_name(g)
             if name_a == name_g or {_plain_name(name_a), _plain_name(name_g)} in ({"y", "f(x)"}, {"y"}, {"f(x)"}):
                 truth = self.answers(value_a, value_g)
                 if truth is not False or name_a != name_g:
@@ -345,7 +372,7 @@ def _scaled(cell: Answer, factor: Node | None) -> Answer:
     return Expr(("mul", factor, cell.node))
 
 
-def _assigned_value(relation: Relation) -> Answer | None:
+def assigned_value(relation: Relation) -> Answer | None:
     """What a name is said to be: x = 5, 5 = x, x = 2 + 3 = 5, x \\in {1, 2}."""
     if relation.ops == ("in",) and relation.names[0]:
         return relation.sides[1]
@@ -362,7 +389,7 @@ def _spelled_number(side: Answer) -> bool:
     return isinstance(side, Words)
 
 
-def _assigned_name(relation: Relation) -> str:
+def assigned_name(relation: Relation) -> str:
     return (relation.names[0] or relation.names[1] or "") if len(relation.names) == 2 else relation.names[0] or ""
 
 

@@ -45,9 +45,22 @@ _AND = re.compile(r"^\s*,?\s*(?:and|or)\s*,?\s*$", re.IGNORECASE)
 
 
 def separates(token: Token) -> bool:
+    """Whether it stands between the items of a list."""
     if token.kind == "t":
         return _AND.match(token.value) is not None or token.value.strip() == ","
     return token.value in (",", ";", "\\and", "\\or")
+
+
+def is_or(token: Token) -> bool:
+    """Whether it is the word or the sign for "or"."""
+    return token.value.strip(" ,").lower() == "or" if token.kind == "t" else token.value == "\\or"
+
+
+def joiner(tokens: list[Token], separators: list[int]) -> str:
+    """ "or" or "and" if one of them joins a list, else empty."""
+    if any(is_or(tokens[i]) for i in separators):
+        return "or"
+    return "" if all(tokens[i].value.strip() in (",", ";") for i in separators) else "and"
 
 
 def split(tokens: list[Token], spots: list[int]) -> list[list[Token]]:

@@ -30,10 +30,10 @@ _UNICODE = {
     "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "±": "\\pm ", "∓": "\\mp ", "′": "'", "’": "'",
     "，": ",", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "…": "...", "≈": "\\approx ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
     "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle ", "∠": "\\angle ", "⁰": "^0", "¹": "^1", "€": "\\euro ", "£": "\\pounds ",
-    "¥": "\\yen ", "¢": "\\cent ", "∖": "\\setminus ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ",
+    "¥": "\\yen ", "₹": "\\rupee ", "Ω": "\\Omega ", "µ": "\\mu ", "μ": "\\mu ", "″": "''", "“": '"', "”": '"', "¢": "\\cent ", "∖": "\\setminus ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ",
 }  # fmt: skip
 _TRANSLATE = str.maketrans(_UNICODE)
-_GROUP_COMMA = re.compile(r",\s?\\!\s?|\{,\\!\}|\{,\}")
+_GROUP_COMMA = re.compile(r"(?:\\!\s?)?,\s?\\!\s?|\{,\\!\}|\{,\}")
 _SIZES = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|bigg|Bigg|big|Big|displaystyle|textstyle|scriptstyle|limits|nolimits|quad|qquad|mathstrut"
     r"|phantom\s?-?|hspace\{[^{}]{0,20}\}|hfill|tiny|small|large|Large|normalsize|bf|rm|it)(?![A-Za-z])"
@@ -52,7 +52,7 @@ _SAME = {
     "\\sim": "\\approx", "\\simeq": "\\approx", "\\to": "\\rightarrow", "\\implies": "\\Rightarrow", "\\lVert": "\\|", "\\rVert": "\\|",
 }  # fmt: skip
 _TEXT = {"\\text", "\\textbf", "\\textit", "\\textrm", "\\textnormal", "\\textsf", "\\texttt", "\\mbox", "\\mathrm", "\\operatorname", "\\hbox", "\\emph", "\\textsc", "\\textup", "\\mathsf", "\\unit"}  # fmt: skip
-_SIGNS = {"cis", "\\euro", "\\dollar", "\\pounds", "\\yen", "%", "\\%"}
+_SIGNS = {"cis", "\\euro", "\\dollar", "\\pounds", "\\yen", "\\cent", "\\rupee", "%", "\\%"}
 _FONT = {"\\mathbf", "\\boldsymbol", "\\mathit", "\\bm", "\\vec", "\\hat", "\\mathcal", "\\boxed", "\\fbox", "\\underline", "\\overrightarrow", "\\ensuremath"}  # fmt: skip
 _SCAN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:!> ]|\\\n)+)"
@@ -84,7 +84,7 @@ def tidy(text: str) -> str:
     text = text.strip()
     while text.endswith((".", ",", ";")) and not text.endswith("...") and not text.endswith("\\,"):
         text = text[:-1].rstrip()
-    while text.endswith("\\") and not text.endswith("\\\\"):
+    while text.endswith("\\"):
         text = text[:-1].rstrip()
     return text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from math import factorial, gcd, lcm
+from math import factorial, gcd, lcm, prod
 
 from plumbline.rewards.parser import Node
 from plumbline.rewards.polynomials import (
@@ -243,6 +243,10 @@ class Normaliser(Arithmetic):
             if number is not None and number.denominator == 1 and 0 <= number <= MAX_FACTORIAL:
                 return constant(factorial(number.numerator))
             return self.opaque("factorial", x)
+        if name == "double_factorial":
+            if number is not None and number.denominator == 1 and 0 <= number <= MAX_FACTORIAL:
+                return constant(prod(range(number.numerator, 0, -2)))
+            return self.opaque("double_factorial", x)
         if name == "binomial":
             k = rational(arguments[1])
             if (

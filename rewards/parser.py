@@ -140,9 +140,11 @@ class _Parser(Cursor):
                 value = ("deg", value)
             elif self.see("!"):
                 self.at += 1
+                double = self.see("!")
+                self.at += double
                 if self.see("!"):
-                    raise Unreadable("double factorial")
-                value = ("fn", "factorial", value)
+                    raise Unreadable("more than two factorial signs")
+                value = ("fn", "double_factorial" if double else "factorial", value)
             else:
                 return value
 
@@ -361,11 +363,18 @@ class _Parser(Cursor):
             if up:
                 power = self.argument()
             else:
-                base = self.argument()
+                base = self.log_base()
         if power == ("neg", ("num", Fraction(1))) and name in _INVERSE:
             name, power = _INVERSE[name], None
         value: Node = ("fn", name, self.applied()) if base is None else ("fn", name, self.applied(), base)
         return value if power is None else ("pow", value, power)
+
+    def log_base(self) -> Node:
+        """A subscript. \\log_28 is log_2 8, as LaTeX sets it; \\log_10 100 is to base 10, as people mean it."""
+        token, following = self.peek(), self.peek(1)
+        if token is not None and token.kind == "n" and following is None:
+            return self.digit_argument()
+        return self.argument()
 
     def applied(self) -> Node:
         """A function's argument: a bracketed group, else a product up to the next sum or function."""

@@ -11,6 +11,10 @@ from plumbline.rewards.latex import Token, Unreadable
 from plumbline.rewards.parser import parse
 from plumbline.rewards.wording import SPACES, is_word
 
+_CURRENCIES = {
+    "\\dollar": "dollar", "\\euro": "euro", "\\pounds": "gbp", "\\yen": "yen", "\\rupee": "rupee", "\\ringgit": "ringgit",
+}  # fmt: skip
+
 
 def read_quantity(tokens: list[Token]) -> Answer:
     """An expression with its currency sign, unit, percent or degree sign apart; or words."""
@@ -20,18 +24,13 @@ def read_quantity(tokens: list[Token]) -> Answer:
     power = 1
     multiple = 1
     tokens = list(tokens)
-    negative = (
-        len(tokens) > 1 and tokens[0].value == "-" and tokens[1].value in ("\\dollar", "\\euro", "\\pounds", "\\yen")
-    )
+    negative = len(tokens) > 1 and tokens[0].value == "-" and tokens[1].value in _CURRENCIES
     for at in (0, 1) if negative else (0,):
-        if at < len(tokens) and tokens[at].value in ("\\dollar", "\\euro", "\\pounds", "\\yen"):
-            unit = {"\\dollar": "dollar", "\\euro": "euro", "\\pounds": "gbp", "\\yen": "yen"}[tokens[at].value]
-            del tokens[at]
+        if at < len(tokens) and tokens[at].value in _CURRENCIES:
+            unit = _CURRENCIES[tokens.pop(at).value]
             break
-    if tokens and tokens[-1].value in ("\\dollar", "\\euro", "\\pounds", "\\yen", "\\cent"):
-        unit = {"\\dollar": "dollar", "\\euro": "euro", "\\pounds": "gbp", "\\yen": "yen", "\\cent": "cent"}[
-            tokens.pop().value
-        ]
+    if tokens and tokens[-1].value in (*_CURRENCIES, "\\cent"):
+        unit = _CURRENCIES.get(tokens.pop().value, "cent")
     words = ""
     cut = _unit_start(tokens)
     if cut is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plumbline.rewards.answers import Answer, Expr, Infinite, Many, Ordered, Reals, Relation, Union
+from plumbline.rewards.answers import Answer, Expr, Infinite, Many, Meet, Ordered, Reals, Relation, Union
 from plumbline.rewards.numeric import Double, Evaluator, Unevaluable, symbols
 from plumbline.rewards.parser import Node
 
@@ -60,14 +60,29 @@ def _pieces(answer: Answer) -> list[Piece] | None:
                     return None
                 out = _without(out, hole.node)
         return out
+    if isinstance(answer, Meet):
+        parts = [_pieces(part) for part in answer.parts]
+        return None if any(part is None for part in parts) else _met_all([part for part in parts if part is not None])
     if isinstance(answer, Relation):
         if answer.ops == ("in",) and answer.names[0]:
             return _pieces(answer.sides[1])
         return _solutions(answer)
     if isinstance(answer, Many):
+        if _intervals(answer):
+            return _joined_pieces(answer.items)
         if answer.braced and all(isinstance(item, Expr) for item in answer.items):
             return [Piece(item.node, True, item.node, True) for item in answer.items if isinstance(item, Expr)]
         if answer.items and all(isinstance(item, Relation) for item in answer.items):
+            if len({set_name(item) for item in answer.items} - {""}) > 1:
+                return None
+            each = [_pieces(item) for item in answer.items]
+            if all(each) and len(each) > 1 and answer.joined != "or":
+                met = _met_all([part for part in each if part])
+                # "and" says that all hold; a comma does where "or" would leave nothing out
+                if answer.joined == "and" or any(
+                    _everything(_merged([*a, *b])) for a in each if a for b in each if b and b is not a
+                ):
+                    return met
             if all(isinstance(item, Relation) and item.ops == ("!=",) for item in answer.items):
                 out = [Piece(None, False, None, False)]
                 for item in answer.items:
@@ -86,6 +101,45 @@ def _pieces(answer: Answer) -> list[Piece] | None:
     return None
 
 
+def _intervals(answer: Many) -> bool:
+    """A list of intervals that cannot be points: each has a closed or an infinite end."""
+    return not answer.braced and answer.joined != "and" and len(answer.items) > 1 and all(
+        isinstance(item, Ordered) and len(item.items) == 2 and (
+            {item.opening, item.closing} in ({"(", "]"}, {"[", ")"}) or any(isinstance(end, Infinite) for end in item.items))
+        for item in answer.items
+    )  # fmt: skip
+
+
+def _joined_pieces(items: tuple[Answer, ...]) -> list[Piece] | None:
+    out: list[Piece] = []
+    for item in items:
+        found = _pieces(item)
+        if found is None:
+            return None
+        out.extend(found)
+    return out
+
+
+def _everything(parts: list[Piece]) -> bool:
+    return len(parts) == 1 and parts[0].low is None and parts[0].high is None
+
+
+def _met_all(sets: list[list[Piece]]) -> list[Piece]:
+    """The intersection of sets."""
+    out = _merged(sets[0])
+    for other in sets[1:]:
+        out = [piece for p in out for q in _merged(other) if (piece := _met(p, q)) is not None]
+    return out
+
+
+def _met(p: Piece, q: Piece) -> Piece | None:
+    low = max((p, q), key=lambda piece: (piece.at[0], not piece.low_closed))
+    high = min((p, q), key=lambda piece: (piece.at[1], piece.high_closed))
+    if low.at[0] > high.at[1] or (low.at[0] == high.at[1] and not (low.low_closed and high.high_closed)):
+        return None
+    return Piece(low.low, low.low_closed, high.high, high.high_closed)
+
+
 def _end(item: Answer) -> tuple[Node | None, int] | None:
     if isinstance(item, Infinite):
         return None, item.sign
@@ -94,6 +148,9 @@ def _end(item: Answer) -> tuple[Node | None, int] | None:
 
 def _solutions(relation: Relation) -> list[Piece] | None:
     """The solutions of x < a, a < x <= b, x != a in one name."""
+    bound = _absolute(relation)
+    if bound is not None:
+        return bound
     spot = [i for i, name in enumerate(relation.names) if name and len(name) <= 12 and not name.startswith("(")]
     if len(spot) != 1 or any(op not in ("<", "<=", ">", ">=", "!=") for op in relation.ops):
         return None
@@ -119,6 +176,29 @@ def _solutions(relation: Relation) -> list[Piece] | None:
         )
         return [piece] if piece.at[0] <= piece.at[1] else None
     return None
+
+
+def _absolute(relation: Relation) -> list[Piece] | None:
+    """|x| < a and its like."""
+    if len(relation.sides) != 2 or relation.ops[0] not in ("<", "<=", ">", ">="):
+        return None
+    at = next(
+        (i for i, side in enumerate(relation.sides) if isinstance(side, Expr) and _bare_absolute(side.node)), None
+    )
+    if at is None:
+        return None
+    other = relation.sides[1 - at]
+    if not isinstance(other, Expr) or symbols(other.node) or _real(other.node) <= 0:
+        return None
+    op = relation.ops[0] if at == 0 else relation.ops[0].translate(str.maketrans("<>", "><"))
+    closed, minus = op.endswith("="), ("neg", other.node)
+    if op[0] == "<":
+        return [Piece(minus, closed, other.node, closed)]
+    return [Piece(None, False, minus, closed), Piece(other.node, closed, None, False)]
+
+
+def _bare_absolute(node: Node) -> bool:
+    return node[:2] == ("fn", "abs") and node[2][0] == "sym"
 
 
 def _without(parts: list[Piece], hole: Node) -> list[Piece]:
@@ -152,12 +232,16 @@ def _merged(parts: list[Piece]) -> list[Piece]:
 
 def set_like(answer: Answer) -> bool:
     if isinstance(answer, Many):
-        return bool(answer.items) and (answer.braced or all(isinstance(item, Relation) for item in answer.items))
-    return isinstance(answer, (Reals, Ordered, Union, Relation))
+        plain = all(isinstance(item, Relation) for item in answer.items) or _intervals(answer)
+        return bool(answer.items) and (answer.braced or plain)
+    return isinstance(answer, (Reals, Ordered, Union, Meet, Relation))
 
 
 def set_name(answer: Answer) -> str:
     if isinstance(answer, Relation):
+        for side in answer.sides:
+            if isinstance(side, Expr) and _bare_absolute(side.node):
+                return side.node[2][1]
         return next((name for name in answer.names if name), "")
     if isinstance(answer, Many) and answer.items and isinstance(answer.items[0], Relation):
         return set_name(answer.items[0])

@@ -8,9 +8,11 @@ from fractions import Fraction
 
 from plumbline.rewards.answers import (
     Answer,
+    Expr,
     Infinite,
     Many,
     Matrix,
+    Meet,
     Ordered,
     Ratio,
     Reals,
@@ -21,7 +23,9 @@ from plumbline.rewards.answers import (
 from plumbline.rewards.grouping import (
     depths,
     environment,
+    is_or,
     join_thousands,
+    joiner,
     separates,
     split,
     unwrap_braces,
@@ -30,18 +34,19 @@ from plumbline.rewards.grouping import (
 from plumbline.rewards.latex import Token, Unreadable, tidy, tokenize
 from plumbline.rewards.parser import parse
 from plumbline.rewards.quantity import read_quantity
+from plumbline.rewards.spelling import respell
 from plumbline.rewards.wording import WHOLE_TEXT, is_spelled, name_of, read_words, words_of
 
 MAX_NESTING = 12
 MAX_VARIANTS = 16
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "~", "\\equiv": "==", "\\notin": "!in", "\\cong": "~", "\\rightarrow": "->", "\\mapsto": "->", "\\Rightarrow": "=>", "\\propto": "~", "\\subset": "sub", "\\subseteq": "sub", "\\not": "!"}  # fmt: skip
-_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "Vmatrix")
+_MATRICES = ("cases", "pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "Vmatrix")
 
 
 def read(text: str, depth: int = 0) -> Answer:
     """The answer that a text is. What is no maths is Words."""
-    text = tidy(text)
+    text = respell(tidy(text))
     try:
         return _Reader(text, depth).answer()
     except (Unreadable, RecursionError, ValueError, ZeroDivisionError, IndexError):
@@ -59,7 +64,7 @@ class _Reader:
         if not text:
             raise Unreadable("empty")
         whole = WHOLE_TEXT.match(text)
-        if whole and re.search(r"[0-9,;]", whole.group(1)):
+        if whole and re.search(r"[0-9,;]| and | or ", whole.group(1)):
             return read(whole.group(1), self.depth + 1)
         special = read_words(text, lambda rest: read(rest, self.depth + 1))
         if special is not None:
@@ -122,6 +127,22 @@ class _Reader:
         return Many(tuple(variants))
 
     def listed(self, tokens: list[Token], commas: list[int], text: str) -> Answer:
+        if any(
+            t.value == "," and t.kind == "x" and tokens[i + 1 : i + 2] and tokens[i + 1].spaced
+            for i, t in enumerate(tokens)
+            if i in commas
+        ):
+            # 1,000, 2,000: the commas with a space behind them separate
+            tokens, commas = self.grouped(tokens, commas)
+        joined = joiner(tokens, commas)
+        if joined == "or":
+            ways = [
+                _Reader("", self.depth + 1).from_tokens(p)
+                for p in split(tokens, [i for i in commas if is_or(tokens[i])])
+                if p
+            ]
+            if len(ways) > 1 and all(isinstance(way, Many) and not way.braced and _is_system(way) for way in ways):
+                return Many(tuple(ways), joined="or")  # x=1, y=2 or x=2, y=1
         pieces = split(tokens, commas)
         # ", and" are two separators in a row; a list begins and ends with an item
         if not pieces[0] or not pieces[-1]:
@@ -135,7 +156,37 @@ class _Reader:
         flat: list[Answer] = []
         for item in items:
             flat.extend(item.items if isinstance(item, Many) and not item.braced else (item,))
-        return Many(tuple(flat))
+        if isinstance(flat[0], Relation) and flat[0].ops == ("!=",) and flat[0].names[0]:
+            # x \\ne -2, 2
+            flat = [
+                Relation((flat[0].sides[0], item), ("!=",), (flat[0].names[0], None))
+                if isinstance(item, Expr)
+                else item
+                for item in flat
+            ]
+        return Many(tuple(flat), joined=joined)
+
+    def grouped(self, tokens: list[Token], commas: list[int]) -> tuple[list[Token], list[int]]:
+        """Tokens with digit groups joined, and where the separators then stand."""
+        inside = {
+            i for i in commas
+            if 0 < i < len(tokens) - 1 and tokens[i].value == "," and not tokens[i].spaced and not tokens[i + 1].spaced
+            and tokens[i - 1].kind == tokens[i + 1].kind == "n" and len(tokens[i + 1].value) == 3 and tokens[i + 1].value.isdigit()
+            and (len(tokens[i - 1].value) <= 3 and tokens[i - 1].value.isdigit())
+        }  # fmt: skip
+        if not inside:
+            return tokens, commas
+        out: list[Token] = []
+        for i, token in enumerate(tokens):
+            if i in inside:
+                continue
+            if i - 1 in inside:
+                digits = out[-1].value + token.value
+                out[-1] = Token("n", digits, out[-1].spaced, Fraction(digits))
+            else:
+                out.append(token)
+        level = depths(out)
+        return out, [i for i, t in enumerate(out) if level[i] == 0 and separates(t)]
 
     def relation(self, tokens: list[Token], spots: list[int]) -> Answer:
         ops: list[str] = []
@@ -171,6 +222,7 @@ class _Reader:
         if not tokens:
             raise Unreadable("empty")
         joined = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\cup" and t.kind == "c"]
+        met = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\cap" and t.kind == "c"]
         minus = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\setminus" and t.kind == "c"]
         if len(minus) == 1:
             whole, gone = (
@@ -180,6 +232,8 @@ class _Reader:
             return Union((whole,), (gone,))
         if joined:
             return Union(tuple(_Reader("", self.depth + 1).unrelated(p, depths(p)) for p in split(tokens, joined)))
+        if met:
+            return Meet(tuple(_Reader("", self.depth + 1).unrelated(p, depths(p)) for p in split(tokens, met)))
         colons = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == ":" and t.kind == "x"]
         if colons:
             return Ratio(tuple(parse(p) for p in split(tokens, colons)))
@@ -235,10 +289,30 @@ class _Reader:
                 cell.append(token)
         if cell or row:
             rows.append([*row, cell])
+        if kind == "cases":
+            return self.cases([[_condition(c) for c in r] for r in rows])
         cells = tuple(tuple(_Reader("", self.depth + 1).from_tokens(c) for c in r) for r in rows)
         if len({len(r) for r in cells}) != 1:
             raise Unreadable("rows of different lengths")
         return Matrix(cells, "det" if kind == "vmatrix" else "norm" if kind == "Vmatrix" else "matrix", factor)
+
+    def cases(self, rows: list[list[list[Token]]]) -> Answer:
+        """Equations of a system, or the branches of a piecewise function, in any order."""
+        if all(len(row) == 1 for row in rows):
+            parts = [_Reader("", self.depth + 1).from_tokens(row[0]) for row in rows if row[0]]
+            return Many(tuple(p for part in parts for p in (part.items if isinstance(part, Many) else (part,))))
+        if any(len(row) != 2 for row in rows):
+            raise Unreadable("a branch without its condition")
+        branches = []
+        for value, condition in rows:
+            words = "".join(t.value for t in condition).strip().lower()
+            when = (
+                Words("otherwise")
+                if words in ("otherwise", "else")
+                else _Reader("", self.depth + 1).from_tokens(condition)
+            )
+            branches.append(Ordered("case", "case", (_Reader("", self.depth + 1).from_tokens(value), when)))
+        return Many(tuple(branches), braced=True)
 
     def bracketed(self, tokens: list[Token]) -> Answer | None:
         """(a, b), [a, b), {a, b}, <a, b>: one bracket around the whole, with separators in it."""
@@ -277,3 +351,22 @@ class _Reader:
         if first == "\\langle":
             first, last = "(", ")"
         return Ordered(first, last, tuple(_Reader("", self.depth + 1).from_tokens(p) for p in split(inner, spots)))
+
+
+def _is_system(many: Many) -> bool:
+    """Equations that each name another unknown."""
+    names = [item.names[0] for item in many.items if isinstance(item, Relation) and item.ops == ("=",)]
+    return len(many.items) > 1 and len(names) == len(many.items) == len(set(names)) and None not in names
+
+
+def _condition(tokens: list[Token]) -> list[Token]:
+    """A cell of \\begin{cases} without commas at its ends and words such as "if"."""
+    while tokens and (
+        tokens[-1].value in (",", ".", ";") or (tokens[-1].kind == "t" and tokens[-1].value.strip(" ,.;") == "")
+    ):
+        tokens = tokens[:-1]
+    while (
+        tokens and tokens[0].kind == "t" and tokens[0].value.strip(" ,").lower() in ("if", "for", "when", "where", "")
+    ):
+        tokens = tokens[1:]
+    return tokens

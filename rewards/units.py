@@ -37,6 +37,10 @@ _define("money", {"1/100": "cent ¢", "1": "dollar usd buck"})
 _define("euro", {"1": "euro eur"})
 _define("sterling", {"1": "gbp"})
 _define("yen", {"1": "yen"})
+_define("rupee", {"1": "rupee inr"})
+_define("ringgit", {"1": "ringgit"})
+_define("resistance", {"1": "ohm"})
+_define("small length", {"1": "micrometer micrometre micron"})
 _define("angle", {"1": "degree deg °"})
 _define("radian", {"1": "radian rad"})
 _define("percent", {"1": "percent %"})
@@ -52,7 +56,7 @@ BARE = {
     "meters", "metres", "meter", "dollars", "dollar", "cents", "degrees", "degree", "percent", "miles", "mile", "hours", "hour", "minutes",
     "minute", "seconds", "second", "days", "day", "weeks", "week", "years", "year", "months", "units", "unit", "pounds", "grams", "liters",
     "litres", "yards", "square", "sq", "cubic", "points", "ways", "people", "students", "radians", "euros", "ounces", "kilometers", "kilograms",
-    "centimeters", "millimeters", "gallons", "usd", "USD", "integers", "numbers", "solutions", "times", "boxes", "books", "apples", "marbles",
+    "centimeters", "millimeters", "gallons", "usd", "USD", "rupees", "ohms", "integers", "numbers", "solutions", "times", "boxes", "books", "apples", "marbles",
 }  # fmt: skip
 # Words that change what the number says; a tail with one of them is no unit.
 _CHANGING = re.compile(
@@ -116,3 +120,32 @@ def _lookup(word: str) -> tuple[str, Fraction] | None:
         if candidate in _BASE:
             return _BASE[candidate]
     return None
+
+
+_COMPOUND = re.compile(
+    r"([0-9]+(?:\.[0-9]+)?)\s?([A-Za-z]+)\.?\s?(?:,|and|,\s?and)?\s?([0-9]+(?:\.[0-9]+)?)\s?([A-Za-z]+)\.?"
+    r"(?:\s?(?:,|and|,\s?and)?\s?([0-9]+(?:\.[0-9]+)?)\s?([A-Za-z]+)\.?)?"
+)
+
+
+def compound(plain: str) -> tuple[Fraction, str] | None:
+    """1 hour 30 minutes, 5 ft 6 in: units of one kind, each smaller than the one before, as (their sum in the last, the last).
+
+    Args:
+        plain: the text without commands and braces.
+    """
+    match = _COMPOUND.fullmatch(plain)
+    if match is None:
+        return None
+    total, kind, unit = Fraction(0), "", ""
+    last: Fraction | None = None
+    for number, word in zip(match.groups()[::2], match.groups()[1::2], strict=True):
+        if number is None:
+            break
+        found = dimension(word, 1)
+        if found is None or (last is not None and (found[0] != kind or found[1] >= last)):
+            return None
+        kind, last = found
+        unit, total = word, total + Fraction(number) * last
+    assert last is not None
+    return total / last, unit

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from plumbline.rewards.answers import Answer, Base, Choice, Expr, Infinite, Ratio, Reals, Words
+from plumbline.rewards import units
+from plumbline.rewards.answers import Answer, Base, Choice, Expr, Infinite, Ordered, Ratio, Reals, Residue, Union, Words
 from plumbline.rewards.latex import Token
 
 _CLOCK = re.compile(
@@ -15,21 +16,47 @@ _CLOCK = re.compile(
 _CHOICE = re.compile(r"^\(?([A-J])\s*[).:]\s*(.*)$", re.DOTALL)
 _LETTER = re.compile(r"^\(?([A-Z])\)?$")
 _BASE = re.compile(
-    r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_\{?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\}?$"
-    r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) (?:\(?in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)$"
+    r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_[{(]?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)[)}]?$"
+    r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) \(?(?:in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\)?$"
 )
 _NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"])}  # fmt: skip
-_UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox)(?![A-Za-z])")  # fmt: skip
+_UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox|underline)(?![A-Za-z])")  # fmt: skip
 WHOLE_TEXT = re.compile(r"^\\(?:text|textbf|mathrm|mbox|textrm|textit|textnormal)\s?\{([^{}]*)\}$")
 SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
 _NAME = re.compile(
     r"^(?:m?\\angle ?)?(?:\\(?:overline|triangle|vec|hat|mathbf|mathrm|widehat|mathcal)\{?)?(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho|tau|varphi|epsilon|ell|Delta|Omega))\}?'*"
     r"(?:_(?:\{[^{}]{1,12}\}|[A-Za-z0-9]))?'*(?:(?:\^\{-1\})?\([A-Za-z0-9,. ]{1,12}\))?$"
-    r"|^(?:m?\\angle ?)?[A-Z]{1,4}$|^\\(?:overline|triangle)\{?[A-Z]{2,4}\}?$|^P\([A-Za-z ]{1,20}\)$|^\\text\{[A-Za-z .]{1,40}\}$|^[A-Za-z]{4,20}(?: [A-Za-z]{1,20}){0,4}$"
+    r"|^(?:m?\\angle ?)?[A-Z]{1,4}$|^\|[A-Z]{1,3}\|$|^\\lvert ?[A-Z]{1,3}\\rvert$|^\[[A-Z]{3,6}\]$|^\\frac\{d[A-Za-z]?\}\{d[a-z]\}$|^\\(?:overline|triangle)\{?[A-Z]{2,4}\}?$|^P\([A-Za-z ]{1,20}\)$|^\\text\{[A-Za-z .]{1,40}\}$|^[A-Za-z]{4,20}(?: [A-Za-z]{1,20}){0,4}$"
 )
 _NAME_TUPLE = re.compile(r"^\( ?[A-Za-z](?:_\{?[0-9a-z]\}?)?(?: ?, ?[A-Za-z](?:_\{?[0-9a-z]\}?)?)+ ?\)$")
-_REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real number", "\\mathbb{r}", "\\reals", "\\mathbb r", "the set of all real numbers", "reals", "r (all real numbers)", "all real values"}  # fmt: skip
+_REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real number", "\\mathbbr", "\\reals", "\\mathbb r", "the set of all real numbers", "reals", "r (all real numbers)", "all real values"}  # fmt: skip
+_ZERO = Expr(("num", Fraction(0)))
+_HALF_LINES = {
+    **dict.fromkeys(
+        ("\\mathbbr^+", "\\mathbbr_>0", "\\mathbbr_+", "\\mathbbr^>0", "all positive real numbers", "positive real numbers", "all positive reals",
+         "positive reals", "the positive real numbers"), Ordered("(", ")", (_ZERO, Infinite(1)))),
+    **dict.fromkeys(
+        ("\\mathbbr^-", "\\mathbbr_<0", "\\mathbbr_-", "all negative real numbers", "negative real numbers", "all negative reals"),
+        Ordered("(", ")", (Infinite(-1), _ZERO))),
+    **dict.fromkeys(
+        ("\\mathbbr_\\ge 0", "\\mathbbr_\\geq 0", "all nonnegative real numbers", "all non-negative real numbers", "nonnegative real numbers",
+         "non-negative real numbers"), Ordered("[", ")", (_ZERO, Infinite(1)))),
+}  # fmt: skip
+_NO_SOLUTION = re.compile(
+    r"^(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?|values?|such (?:numbers?|values?|x)|real numbers?)(?: exists?)?$"
+)
+_EXCEPT = re.compile(
+    r"^(?:\\text\{\s*)?(?:the set of )?(?:all )?(?:the )?real(?:s| numbers?) except (?:for )?(?:\s*\})?\s*(?:x ?= ?)?(.+)$",
+    re.IGNORECASE,
+)
+_MODULO = re.compile(
+    r"^(.*?[0-9A-Za-z}])\s*\(?\s*(?:\\pmod\s*(?:\{\s*([0-9]{1,6})\s*\}|([0-9]))|(?:\\b?mod(?![A-Za-z])|\\(?:text|mathrm|operatorname)\s?\{\s*mod\s*\}|(?<=[ (])mod(?![A-Za-z]))"
+    r"\s*(?:\{\s*([0-9]{1,6})\s*\}|([0-9]{1,6})))\s*\)?$", re.DOTALL,
+)  # fmt: skip
 _SYNONYMS = {
+    **dict.fromkeys(("\\mathbbz", "all integers", "integers", "the integers", "the set of integers"), "the integers"),
+    **dict.fromkeys(("\\mathbbn", "all natural numbers", "natural numbers"), "the natural numbers"),
+    **dict.fromkeys(("\\mathbbq", "all rational numbers", "rational numbers"), "the rational numbers"),
     "no solutions": "\\emptyset", "no solution": "\\emptyset", "empty set": "\\emptyset", "the empty set": "\\emptyset", "\\{\\}": "\\emptyset",
     "\\{ \\}": "\\emptyset", "no real solutions": "\\emptyset", "no real solution": "\\emptyset", "dne": "does not exist", "undef": "undefined",
     "infinity": "\\infty", "+\\infty": "\\infty", "negative infinity": "-\\infty", "noon": "12:00 pm", "midnight": "12:00 am",
@@ -62,14 +89,37 @@ def read_words(text: str, read: Callable[[str], Answer]) -> Answer | None:
         return Words("\\emptyset")
     if plain in _REALS:
         return Reals()
+    if plain in _HALF_LINES:
+        return _HALF_LINES[plain]
     plain = _SYNONYMS.get(plain, plain)
-    if plain in ("\\emptyset", "does not exist", "undefined"):
+    if "no " in plain and _NO_SOLUTION.match(plain):
+        return Words("\\emptyset")
+    if "except" in plain:
+        match = _EXCEPT.match(text)
+        if match:
+            return Union((Reals(),), (read(match[1].rstrip("}")),))
+    if "mod" in plain:
+        match = _MODULO.match(text)
+        if match:
+            modulus = next(group for group in match.groups()[1:] if group)
+            return Residue(read(match[1].replace("\\equiv", "=")), int(modulus))
+    if plain in (
+        "\\emptyset",
+        "does not exist",
+        "undefined",
+        "the integers",
+        "the natural numbers",
+        "the rational numbers",
+    ):
         return Words(plain)
     if plain in ("\\infty", "-\\infty"):
         return Infinite(-1 if plain[0] == "-" else 1)
     if plain in _NUMBER_WORDS:
         return Expr(("num", Fraction(_NUMBER_WORDS[plain])))
-    if ":" in text or plain.endswith("m"):
+    if "o'clock" in plain or "noon" in plain or "midnight" in plain:
+        plain = re.sub(r"^([0-9]{1,2}) ?o'clock", r"\1:00", plain)
+        plain = re.sub(r"^12(?::00)? (noon|midnight)$", lambda m: f"12:00 {'p' if m[1] == 'noon' else 'a'}m", plain)
+    if ":" in plain or plain.endswith("m"):
         clock = _CLOCK.match(plain)
         if clock:
             return read_clock(clock, plain)
@@ -77,6 +127,10 @@ def read_words(text: str, read: Callable[[str], Answer]) -> Answer | None:
         base = _base_numeral(text)
         if base is not None:
             return base
+    if plain[-1:].isalpha() and plain[:1].isdigit():
+        compound = units.compound(plain)
+        if compound is not None:
+            return Expr(("num", compound[0]), compound[1])
     cased = SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip() if "\\" in text else text
     choice = _CHOICE.match(cased)
     if choice and not re.match(r"^\(?[A-J]\)\s*[-+*/^=,(]", cased):

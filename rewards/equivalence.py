@@ -30,7 +30,7 @@ from plumbline.rewards.polynomials import TooHard
 from plumbline.rewards.sets import pieces, set_like, set_name
 from plumbline.rewards.structure import read
 from plumbline.rewards.values import Truth, Values, all_of
-from plumbline.rewards.wording import is_wordy, words_of
+from plumbline.rewards.wording import is_wordy, without_article, words_of
 
 MAX_ITEMS = 200
 _PLAIN_SPACE = re.compile(r"(?:\s|~|\\[,;:! ]|\\left(?![a-z])|\\right(?![a-z]))+")
@@ -67,7 +67,7 @@ def _spaced_digits(answer: str, gold: str) -> bool:
 
 
 def _plain_text(text: str) -> str:
-    return re.sub(r"[\s$]+", " ", words_of(text)).strip(" .")
+    return without_article(re.sub(r"[\s$]+", " ", words_of(text)).strip(" ."))
 
 
 def _other_commas(text: str) -> str:
@@ -100,6 +100,8 @@ class Comparison(Values):
         if isinstance(a, Many) and isinstance(g, Many):
             as_sets = self.sets(a, g)
             return self.unordered(a.items, g.items) if as_sets is not True else True
+        if isinstance(a, Many) and a.joined == "or" and isinstance(g, Expr):
+            return all_of(self.answers(item, g) for item in a.items)  # 3/2 or 1.5
         if isinstance(a, Many) or isinstance(g, Many):
             return self.assigned(a, g)
         if isinstance(a, Expr) and isinstance(g, Expr):
@@ -113,7 +115,7 @@ class Comparison(Values):
         if isinstance(a, Ratio) or isinstance(g, Ratio):
             return self.ratios(a, g)
         if isinstance(a, Words) and isinstance(g, Words):
-            return bool(a.text) and a.text == g.text
+            return bool(a.text) and without_article(a.text) == without_article(g.text)
         if isinstance(a, Infinite) and isinstance(g, Infinite):
             return a.sign == g.sign
         if isinstance(a, (Matrix, Ordered)) and isinstance(g, (Matrix, Ordered)):

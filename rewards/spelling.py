@@ -10,6 +10,9 @@ _ANSWER = re.compile(
     rf"^(?:{_TEXT}\s*\{{)?\s*(?:the |our |so |hence |thus )*(?:final )?answer(?: is|:| ?=)+:?\s*\}}?\s*:?\s*(?=\S)",
     re.IGNORECASE,
 )
+_OPTION = re.compile(
+    rf"^(?:{_TEXT}\s*\{{)?\s*(?:option|choice)\s*(?:{_TEXT}\s*\{{)?\s*\(?([A-J])\)?\s*\}}?\.?$", re.IGNORECASE
+)
 _COLOUR = re.compile(r"\\(?:text)?color\s?(?:\[[A-Za-z]*\])?\s?\{[^{}]*\}")
 _EMPTY_TEXT = re.compile(rf"{_TEXT}\s?\{{\s*\}}")
 _ROW_SKIP = re.compile(r"\\\\\s?\[\s?-?[0-9.]+\s?(?:pt|em|ex|mm|cm)\s?\]")
@@ -52,6 +55,8 @@ def respell(text: str) -> str:
     """The text with other spellings rewritten; every step is linear in its length."""
     if "nswer" in text:
         text = _ANSWER.sub("", text)
+    if "ption" in text or "hoice" in text:
+        text = _OPTION.sub(r"(\1)", text)
     if text[:1] in "*`\"'" and len(text) > 2:
         text = _unquoted(text)
     if "th" in text or "st" in text or "nd" in text or "rd" in text:

@@ -13,13 +13,14 @@ from plumbline.rewards.latex import Token
 _CLOCK = re.compile(
     r"^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)\s*([ap])\.?\s?m\.?$|^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)$|^([0-9]{1,2})\s*([ap])\.?\s?m\.?$"
 )
-_CHOICE = re.compile(r"^\(?([A-J])\s*[).:]\s*(.*)$", re.DOTALL)
+_CHOICE = re.compile(r"^\(?([A-J])\s*[).:](?!\s*(?:and|or)\b)\s*(.*)$", re.DOTALL)
 _LETTER = re.compile(r"^\(?([A-Z])\)?$")
 _BASE = re.compile(
     r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_[{(]?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)[)}]?$"
     r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) \(?(?:in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\)?$"
 )
-_NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"])}  # fmt: skip
+_NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"])} | {w: 10 * n for n, w in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}  # fmt: skip
+_ARTICLE = re.compile(r"^(?:an?|the) (?=[a-z]{3,})")
 _UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox|underline)(?![A-Za-z])")  # fmt: skip
 WHOLE_TEXT = re.compile(r"^\\(?:text|textbf|mathrm|mbox|textrm|textit|textnormal)\s?\{([^{}]*)\}$")
 SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
@@ -28,7 +29,9 @@ _NAME = re.compile(
     r"(?:_(?:\{[^{}]{1,12}\}|[A-Za-z0-9]))?'*(?:(?:\^\{-1\})?\([A-Za-z0-9,. ]{1,12}\))?$"
     r"|^(?:m?\\angle ?)?[A-Z]{1,4}$|^\|[A-Z]{1,3}\|$|^\\lvert ?[A-Z]{1,3}\\rvert$|^\[[A-Z]{3,6}\]$|^\\frac\{d[A-Za-z]?\}\{d[a-z]\}$|^\\(?:overline|triangle)\{?[A-Z]{2,4}\}?$|^P\([A-Za-z ]{1,20}\)$|^\\text\{[A-Za-z .]{1,40}\}$|^[A-Za-z]{4,20}(?: [A-Za-z]{1,20}){0,4}$"
 )
-_NAME_TUPLE = re.compile(r"^\( ?[A-Za-z](?:_\{?[0-9a-z]\}?)?(?: ?, ?[A-Za-z](?:_\{?[0-9a-z]\}?)?)+ ?\)$")
+_NAME_TUPLE = re.compile(
+    r"^\( ?(?:[A-Za-z]|\\[a-z]{2,7})(?:_\{?[0-9a-z]\}?)?(?: ?, ?(?:[A-Za-z]|\\[a-z]{2,7})(?:_\{?[0-9a-z]\}?)?)+ ?\)$"
+)
 _REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real number", "\\mathbbr", "\\reals", "\\mathbb r", "the set of all real numbers", "reals", "r (all real numbers)", "all real values"}  # fmt: skip
 _ZERO = Expr(("num", Fraction(0)))
 _HALF_LINES = {
@@ -69,6 +72,33 @@ def words_of(text: str) -> str:
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip().strip("\"'`“”").strip()
     return text.rstrip(".").strip().lower()
+
+
+def without_article(words: str) -> str:
+    """ "an ellipse" as "ellipse"; a lone letter stays."""
+    return _ARTICLE.sub("", words)
+
+
+def number_in_words(plain: str) -> int | None:
+    """twelve, twenty-one, three hundred and five, two thousand; None if the words spell no whole number."""
+    if plain in _NUMBER_WORDS:
+        return _NUMBER_WORDS[plain]
+    words = plain.replace("-", " ").split()
+    if not 2 <= len(words) <= 9 or words[0] not in _NUMBER_WORDS:
+        return None
+    total, group, last = 0, 0, 10**9
+    for number, word in enumerate(words):
+        if word == "and" and 0 < number < len(words) - 1:
+            continue
+        if word == "hundred" and 0 < group < 10:
+            group, last = group * 100, 100
+        elif word in ("thousand", "million") and group:
+            total, group, last = total + group * (1000 if word == "thousand" else 10**6), 0, 10**9
+        elif word in _NUMBER_WORDS and (value := _NUMBER_WORDS[word]) < last and (value < 10 or last > 99) and value:
+            group, last = group + value, (10 if value >= 20 and value % 10 == 0 else 1)
+        else:
+            return None
+    return total + group
 
 
 def is_wordy(text: str) -> bool:
@@ -114,8 +144,9 @@ def read_words(text: str, read: Callable[[str], Answer]) -> Answer | None:
         return Words(plain)
     if plain in ("\\infty", "-\\infty"):
         return Infinite(-1 if plain[0] == "-" else 1)
-    if plain in _NUMBER_WORDS:
-        return Expr(("num", Fraction(_NUMBER_WORDS[plain])))
+    spelled_out = number_in_words(plain)
+    if spelled_out is not None:
+        return Expr(("num", Fraction(spelled_out)))
     if "o'clock" in plain or "noon" in plain or "midnight" in plain:
         plain = re.sub(r"^([0-9]{1,2}) ?o'clock", r"\1:00", plain)
         plain = re.sub(r"^12(?::00)? (noon|midnight)$", lambda m: f"12:00 {'p' if m[1] == 'noon' else 'a'}m", plain)

@@ -26,7 +26,8 @@ MAX_ANSWER = 5_000
 def grade(response: str, gold: str, *, boxed_only: bool = True, timeout: float = 2.0) -> Verdict:
     """Grade one response. Never raises, never takes longer than `timeout` seconds; any thread or process may call it.
 
-    The first pair that needs a grading process also waits for it to start (a tenth of a second on an idle machine).
+    Most pairs are settled here, in microseconds. The rest go to a grading process; the first of them also waits for it to
+    start (a tenth of a second on an idle machine), within its time.
 
     Args:
         response: the whole generated text.

@@ -10,6 +10,7 @@ from plumbline.rewards import units
 from plumbline.rewards.answers import Answer, Base, Choice, Expr, Infinite, Ordered, Ratio, Reals, Residue, Union, Words
 from plumbline.rewards.latex import Token
 
+MAX_WORDS = 1000
 _CLOCK = re.compile(
     r"^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)\s*([ap])\.?\s?m\.?$|^([0-9]{1,2}) ?: ?([0-9]{2}(?: ?: ?[0-9]{2})?)$|^([0-9]{1,2})\s*([ap])\.?\s?m\.?$"
 )
@@ -113,6 +114,8 @@ def read_words(text: str, read: Callable[[str], Answer]) -> Answer | None:
         return None
     wordy = "\\" in text or any(c.isalpha() for c in text) or ":" in text or "_" in text
     if not wordy:
+        return None
+    if len(text) > MAX_WORDS:
         return None
     plain = words_of(text)
     if text in ("\\{\\}", "\\{ \\}"):

@@ -19,11 +19,12 @@ from types import TracebackType
 from plumbline.rewards.verdict import Reason, Verdict
 from plumbline.rewards.verifier import settle
 
-# Starting a child takes a tenth of a second on an idle machine and is not counted against an answer; on a loaded one it may
-# take this long. The second checker imports SymPy and takes longer.
+# Starting a child takes a tenth of a second on an idle machine; the second checker imports SymPy and takes a second or two.
+# A batch waits so long for children to come up on a loaded machine, and does not count it against an answer.
 START_SECONDS = 20.0
 SECOND_START_SECONDS = 60.0
-SHARED_PROCESSES = 16
+# Threads that may have a slow answer compared at the same moment by `grade`; each costs a process only when it comes to that.
+SHARED_PROCESSES = 64
 
 
 class Child:
@@ -40,51 +41,68 @@ class Child:
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
 
-    def compare(self, answer: str, gold: str, timeout: float) -> tuple[Reason, float]:
-        """(reason, seconds). `timeout` when the limit passed; `error` when the child died of the question."""
+    def compare(self, answer: str, gold: str, timeout: float, *, start_seconds: float) -> tuple[Reason, float]:
+        """(reason, seconds). `timeout` when the limit passed; `error` when the child died of the question.
+
+        Args:
+            timeout: seconds for the answer.
+            start_seconds: what a child that is not up yet may take for it on top.
+        """
         began = time.perf_counter()
+        up = False
         try:
-            process = self._running()
-            if process is None:
-                return "timeout", time.perf_counter() - began
-            deadline = time.perf_counter() + timeout
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([answer, gold, timeout]).encode() + b"\n")
-            process.stdin.flush()
+            up = self._up(began + timeout + start_seconds)
+            if not up:
+                return "timeout", time.perf_counter() - began  # left to come up for the next question
+            deadline = time.perf_counter() + timeout if start_seconds else began + timeout
+            assert self.process is not None and self.process.stdin is not None  # noqa: PT018
+            self.process.stdin.write(json.dumps([answer, gold, timeout]).encode() + b"\n")
+            self.process.stdin.flush()
             line = self._line(deadline)
         except (OSError, EOFError, ValueError):
-            self.kill()
+            self.restart()
             return "error", time.perf_counter() - began
         if line is None:
-            self.kill()
+            self.restart()
             return "timeout", time.perf_counter() - began
         return json.loads(line)[0], time.perf_counter() - began
 
-    def _running(self) -> subprocess.Popen[bytes] | None:
-        """The process, ready for a question; None if it is not up in time (it is left to come up)."""
-        if self.process is None or self.process.poll() is not None:
-            self.kill()
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            }
-            arguments = [str(self.memory_bytes), *(["second"] if self.second else [])]
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "plumbline.rewards.child", *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
+    def start(self) -> None:
+        """Start the process unless it runs; does not wait for it."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.kill()
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        arguments = [str(self.memory_bytes), *(["second"] if self.second else [])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "plumbline.rewards.child", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+
+    def restart(self) -> None:
+        """Kill it and start another at once, so that it is up when the next question comes."""
+        self.kill()
+        with contextlib.suppress(OSError):  # no process to be had: the next question tries again
+            self.start()
+
+    def _up(self, deadline: float) -> bool:
+        """Whether the process is ready for a question by then."""
+        self.start()
         if not self.ready:
-            ready = self._line(time.perf_counter() + (SECOND_START_SECONDS if self.second else START_SECONDS))
+            ready = self._line(deadline)
             if ready is None:
-                return None
+                return False
             if ready != b"ready\n":
                 raise EOFError
             self.ready = True
-        return self.process
+        return True
 
     def _line(self, deadline: float) -> bytes | None:
         """One line of the child's output, None when the deadline passes first, EOFError when the child is gone."""
@@ -148,20 +166,35 @@ class Grader:
         return [item if isinstance(item, Verdict) else compared[number] for number, item in enumerate(settled)]
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (answer, gold) pairs in the children, in order."""
+        """Verdicts of (answer, gold) pairs in the children, in order. A child's start is not counted against an answer."""
         if len(pairs) > 1 and len(self.children) > 1:
             with ThreadPoolExecutor(min(len(self.children), len(pairs), os.cpu_count() or 1)) as pool:
-                return list(pool.map(lambda pair: self.compare(*pair), pairs))
-        return [self.compare(*pair) for pair in pairs]
+                return list(pool.map(lambda pair: self.compare(*pair, patient=True), pairs))
+        return [self.compare(*pair, patient=True) for pair in pairs]
 
-    def compare(self, answer: str, gold: str) -> Verdict:
-        """The verdict of one (answer, gold) pair in a child."""
-        child = self.idle.get()
+    def compare(self, answer: str, gold: str, *, patient: bool = False) -> Verdict:
+        """The verdict of one (answer, gold) pair in a child.
+
+        The time limit covers everything, a child's start and the wait for a free child included; with `patient` only
+        the comparison itself, and a child has START_SECONDS more to come up.
+        """
+        began = time.perf_counter()
         try:
-            reason, seconds = child.compare(answer, gold, self.timeout)
+            child = self.idle.get(timeout=None if patient else self.timeout)
+        except queue.Empty:
+            return Verdict(False, "timeout", answer, time.perf_counter() - began)
+        left = self.timeout if patient else max(self.timeout - (time.perf_counter() - began), 0.0)
+        start_seconds = 0.0 if not patient else SECOND_START_SECONDS if child.second else START_SECONDS
+        try:
+            reason, _ = child.compare(answer, gold, left, start_seconds=start_seconds)
         finally:
             self.idle.put(child)
-        return Verdict(reason == "correct", reason, answer, seconds)
+        return Verdict(reason == "correct", reason, answer, time.perf_counter() - began)
+
+    def start(self) -> None:
+        """Start all children now, without waiting for them."""
+        for child in self.children:
+            child.start()
 
     def close(self) -> None:
         """End the children. The grader may be used again; it then starts new ones."""

@@ -73,8 +73,11 @@ class RewardWorker:
         settings = config.reward
         self.grader = Grader(settings.processes_per_worker, settings.timeout_seconds, settings.memory_gib)
         self.shaping = load_shaping(settings.shaping)
-        # Nothing starts before the first question.
         self.second = Grader(settings.processes_per_worker, settings.timeout_seconds, settings.memory_gib, second=True)
+        # They come up while the policy loads, so that no answer waits for them.
+        self.grader.start()
+        if settings.checking.share > 0:
+            self.second.start()
 
     def grade(self, group: Group) -> Group:
         from plumbline.rl.grading import grade_group

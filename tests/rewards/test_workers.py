@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from plumbline.rewards import workers
 from plumbline.rewards.verifier import grade, grade_many
 from plumbline.rewards.workers import Grader
 
@@ -69,6 +70,33 @@ def test_a_child_that_hangs_is_killed_and_replaced():
         assert first.poll() is not None
         grader.timeout = 10.0
         assert grader.compare(*hard).correct
+
+
+def test_a_childs_start_counts_against_one_answer_but_not_in_a_batch(monkeypatch):
+    hard = ("\\sin^2 x+\\cos^2 x", "1")
+    with Grader(timeout=0.5) as grader:
+        grader.start()
+        pid = grader.children[0].process.pid
+        os.kill(pid, 19)  # it comes up too late
+        began = time.perf_counter()
+        assert grader.compare(*hard).reason == "timeout"
+        assert time.perf_counter() - began < 1.5
+        monkeypatch.setattr(workers, "START_SECONDS", 1.0)
+        began = time.perf_counter()
+        assert grader.compare_many([hard])[0].reason == "timeout"
+        assert 1.0 < time.perf_counter() - began < 4.0
+        monkeypatch.setattr(workers, "START_SECONDS", 60.0)
+        grader.timeout = 20.0
+        threading.Timer(1.0, os.kill, (pid, 18)).start()
+        assert grader.compare_many([hard])[0].correct
+        assert grader.children[0].process.pid == pid
+
+
+def test_a_busy_pool_is_a_timeout_for_one_answer():
+    with Grader(timeout=0.2) as grader:
+        taken = grader.idle.get()
+        assert grader.compare("1", "2").reason == "timeout"
+        grader.idle.put(taken)
 
 
 def test_memory_is_limited():

@@ -69,7 +69,7 @@ def test_a_grader_that_accepts_any_box_stops_the_run(workers, tmp_path):
     checking, _ = stage(tmp_path / "run", workers)
     groups = [group(n, [["12"], ["13"], ["14"], ["15"]], "12", correct=[True] * 4) for n in range(4)]
     assert checking.check(1, groups)["check/false_reward"] == 12
-    with pytest.raises(RewardsUnsound, match=r"step 1: rewarded answers .* check\.html"):
+    with pytest.raises(RewardsUnsound, match=r"step 1: rewarded answers .*check\.html"):
         checking.enforce()
     assert "STOP" in (tmp_path / "run" / "check.html").read_text()
 

@@ -128,7 +128,7 @@ class Comparison(Values):
         """Values modulo one number; whole numbers agree when they differ by a multiple of it."""
         if not isinstance(a, Residue) or not isinstance(g, Residue) or a.modulus != g.modulus or not a.modulus:
             return False
-        values = []
+        values: list[Fraction | None] = []
         for side in (a.value, g.value):
             value = assigned_value(side) if isinstance(side, Relation) else side
             node = value.node if isinstance(value, Expr) else None
@@ -141,8 +141,9 @@ class Comparison(Values):
             and assigned_name(a.value) != assigned_name(g.value)
         ):
             return False
-        if None not in values:
-            return (values[0] - values[1]) % a.modulus == 0
+        first, second = values
+        if first is not None and second is not None:
+            return (first - second) % a.modulus == 0
         return self.answers(a.value, g.value)
 
     def choices(self, a: Answer, g: Answer) -> Truth:

@@ -108,7 +108,7 @@ class UniformSampler(Sampler):
 
     def next(self, count: int) -> list[Draw]:
         """The next `count` prompts."""
-        draws = []
+        draws: list[Draw] = []
         size = len(self.sample_ids)
         order: np.ndarray | None = None
         while len(draws) < count:

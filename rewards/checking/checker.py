@@ -150,17 +150,17 @@ class RewardChecker:
         Raises:
             ValueError: a row lacks one of these fields.
         """
-        rows = [_normal(row) for row in rows]
-        count: Counter[str] = Counter(completions=len(rows))
-        for row in rows:
+        given = [_normal(row) for row in rows]
+        count: Counter[str] = Counter(completions=len(given))
+        for row in given:
             self._look_at(step, row, count)
-        chosen = [row for row in rows if row["reason"] not in GRADER_FAULTS and self._chosen(step, row)]
+        chosen = [row for row in given if row["reason"] not in GRADER_FAULTS and self._chosen(step, row)]
         self._grade_again(step, chosen, count)
         self.totals.update(count)
         self.recent.append(count)
-        if rows:
-            self.series["rewarded"].append(count["rewarded"] / len(rows))
-            self.series["length"].append(sum(float(row["tokens"]) for row in rows) / len(rows))
+        if given:
+            self.series["rewarded"].append(count["rewarded"] / len(given))
+            self.series["length"].append(sum(float(row["tokens"]) for row in given) / len(given))
             regraded = count["regraded"]
             self.series["second"].append(count["second_right"] / regraded if regraded else float("nan"))
         fresh = self._quarantine()

@@ -111,9 +111,8 @@ def main() -> None:
     for name, overrides in runs.items():
         out = folder / name
         began = time.time()
-        code, lines = command(
-            "train", str(ROOT / "configs" / "quickstart.yaml"), *COMMON, *overrides, f"output={out}", "--overwrite", folder=folder
-        )  # fmt: skip
+        config = str(ROOT / "configs" / "quickstart.yaml")
+        code, lines = command("train", config, *COMMON, *overrides, f"output={out}", "--overwrite", folder=folder)
         seconds = time.time() - began
         live = [line for line in lines if "reward check" in line]
         checked, said = command("check", str(out), folder=folder)

@@ -208,7 +208,6 @@ class Comparison(Values):
                     named[item.names[0]] = item.sides[1]
             if len(named) == len(many.items):
                 return all_of(self.answers(named[name], y) for name, y in zip(sorted(named), other.items, strict=True))
-            return False
         return self.sets(a, g) is True
 
     def matrices(self, a: Matrix, g: Matrix) -> Truth:

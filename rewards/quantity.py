@@ -8,7 +8,7 @@ from fractions import Fraction
 from plumbline.rewards import units
 from plumbline.rewards.answers import Answer, Expr, Words
 from plumbline.rewards.latex import Token, Unreadable
-from plumbline.rewards.parser import parse
+from plumbline.rewards.parser import Node, parse
 from plumbline.rewards.wording import SPACES, is_word
 
 _CURRENCIES = {
@@ -53,9 +53,24 @@ def read_quantity(tokens: list[Token]) -> Answer:
         node, unit = node[1], unit or "°"
     elif node[0] == "neg" and node[1][0] == "deg":
         node, unit = ("neg", node[1][1]), unit or "°"
+    elif unit is None and _has_degrees(node):
+        node, unit = _without_degrees(node), "°"
     if multiple != 1:
         node = ("mul", node, ("num", Fraction(multiple)))
     return Expr(node, unit, power, words)
+
+
+def _has_degrees(node: Node) -> bool:
+    """Whether a sum of angles holds one in degrees; inside functions the sign is part of the value."""
+    return node[0] == "deg" or (
+        node[0] in ("add", "neg", "mul", "div") and any(_has_degrees(part) for part in node[1:])
+    )
+
+
+def _without_degrees(node: Node) -> Node:
+    if node[0] == "deg":
+        return node[1]
+    return (node[0], *map(_without_degrees, node[1:])) if node[0] in ("add", "neg", "mul", "div") else node
 
 
 def _unit_start(tokens: list[Token]) -> int | None:

@@ -41,6 +41,10 @@ _CELSIUS = re.compile(
 _GREEK_UNIT = re.compile(
     rf"(?<=[0-9])((?:\s|\\[,;: ])*)(?:\\(Omega)|\\mu\s?(?:{_TEXT}\s?\{{\s?([msg])\s?\}}|([msg])))\s*$"
 )
+_TIMES_TEN = re.compile(r"(?<=[0-9]) ?x ?(?=10\s?\^)")
+_MINUTES = re.compile(
+    r"([0-9]+)\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ)\s?([0-9]+)\s?(?:'|\^\{?\\prime\}?)(?:\s?([0-9]+)\s?(?:''|\"|\^\{?\\prime\\prime\}?))?$"
+)
 _FEET = re.compile(r"^([0-9]+)\s?(?:'|\^\{?\\prime\}?)\s?(?:([0-9]+(?:\.[0-9]+)?)\s?(?:''|\"|\^\{\\prime\\prime\}))?$")
 _INCHES = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s?(?:''|\"|\^\{\\prime\\prime\})$")
 _BRACED_FRACTION = re.compile(r"(?<=[0-9])\s?\{(\\[dt]?frac\s?\{[0-9]+\}\s?\{[0-9]+\})\}")
@@ -67,10 +71,15 @@ def respell(text: str) -> str:
         text = _ORDINAL.sub("", text)
     if "C" in text:
         text = _NCK.sub(_binomial, text)
+    if "10" in text and "x" in text:
+        text = _TIMES_TEN.sub("\\\\times ", text)
+    if "{.}" in text:
+        text = text.replace("{.}", ".")
     if "and" in text or "or" in text:
         text = _joiners(text)
     if "'" in text or '"' in text or "prime" in text:
         text = _FEET.sub(_feet, _INCHES.sub(r"\1\\text{ inches}", text))
+        text = _MINUTES.sub(_minutes, text)
     if text[:1] in "-\\RIUEG":
         text = _CURRENCY.sub(_currency, text)
     if "\\" not in text:
@@ -127,6 +136,11 @@ def _feet(match: re.Match[str]) -> str:
     if match[2] is None:
         return f"{match[1]}\\text{{ feet}}" if "prime" not in match[0] else match[0]
     return f"{match[1]}\\text{{ feet }}{match[2]}\\text{{ inches}}"
+
+
+def _minutes(match: re.Match[str]) -> str:
+    """Degrees, minutes and seconds as a sum."""
+    return f"({match[1]}+\\frac{{{match[2]}}}{{60}}+\\frac{{{match[3] or 0}}}{{3600}})^\\circ "
 
 
 def _temperature(match: re.Match[str]) -> str:

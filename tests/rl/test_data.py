@@ -176,7 +176,10 @@ def test_hub_ids_go_through_datasets(monkeypatch):
     assert load_problems("gsm8k")[0][0].answer == "2"
     assert asked == [("owner/set-v1.5", None), ("owner/set", "part"), (BENCHMARKS["gsm8k"][1], "main")]
     message = one_line(load_problems, "owner/none")
-    assert "data set owner/none can be read neither as a local path nor from the hub: the hub cannot be reached, and it is not in the cache" in message
+    assert (
+        "data set owner/none can be read neither as a local path nor from the hub: the hub cannot be reached, and it is not in the cache"
+        in message
+    )
 
 
 def test_benchmarks_come_from_the_data_folder_when_it_is_set(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,18 +133,23 @@ def import_openrlhf(
     return _import(files, f"OpenRLHF samples in {log}", read, folder, run, "prompt", id_column, correct_at)
 
 
-def read_curves_table(path: str | Path) -> tuple[list[str], np.ndarray]:
+def read_curves_table(path: str | Path, value: str = "correct") -> tuple[list[str], np.ndarray]:
     """Curves from a CSV or Parquet file, wide or long.
 
-    Wide: a column `id` (or `sample_id`) and a number column an epoch, in order; empty = epoch missing. Long: `id`,
-    `epoch`
-    (from 0 or 1) and one of `correct`, `reward`, `accuracy`; several rows of a sample in an epoch are averaged.
+    Wide: a column `id` (or `sample_id`) and a number column an epoch, in order; empty = epoch missing. Where some of
+    the columns' names hold a number and others do not, it is refused: a level is no epoch. Long: `id`, `epoch` (from 0
+    or 1) and one of `correct`, `reward`, `accuracy`; several rows of a sample in an epoch are averaged.
+
+    Args:
+        path: of the table.
+        value: `correct` or `reward`: which of the columns of a long table to prefer where it has both.
 
     Returns:
         (sample ids, curves [N, K]).
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no id column, no numbers, a repeated id (wide), or bad values.
+        FileNotFoundError: no such file. ValueError: no rows, no id column, no numbers, a repeated id (wide), columns
+            of which some are no epochs, or bad values.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,16 +158,21 @@ def read_curves_table(path: str | Path) -> tuple[list[str], np.ndarray]:
     key = next((name for name in ("sample_id", "id") if name in table.column_names), None)
     if key is None:
         raise ValueError(f"{path} has no column id or sample_id; it has {', '.join(table.column_names)}")
-    ids = [str(value) for value in table.column(key).to_pylist()]
-    value = next((name for name in ("correct", "reward", "accuracy") if name in table.column_names), None)
-    if "epoch" in table.column_names and value is not None:
+    if table.num_rows == 0:
+        raise ValueError(f"{path} has no rows")
+    ids = ["" if each is None else str(each) for each in table.column(key).to_pylist()]
+    if "" in ids:
+        raise ValueError(f"{path}, column {key}: {ids.count(''):,} rows have no id")
+    order = ("reward", "correct", "accuracy") if value == "reward" else ("correct", "accuracy", "reward")
+    column = next((name for name in order if name in table.column_names), None)
+    if "epoch" in table.column_names and column is not None:
         epoch = _floats(table.column("epoch"), f"{path}, column epoch")
         if np.isnan(epoch).any() or (epoch < 0).any() or (epoch % 1 != 0).any():
             raise ValueError(f"{path}, column epoch: epochs must be whole numbers from 0")
         place = (epoch - epoch.min()).astype(np.int64) if epoch.min() in (0, 1) else epoch.astype(np.int64)
         names, row = np.unique(np.array(ids, dtype=object).astype(str), return_inverse=True)
         sums, counts = (np.zeros((len(names), int(place.max()) + 1)) for _ in range(2))
-        measured = _floats(table.column(value), f"{path}, column {value}")
+        measured = _floats(table.column(column), f"{path}, column {column}")
         has = ~np.isnan(measured)
         np.add.at(sums, (row[has], place[has]), measured[has])
         np.add.at(counts, (row[has], place[has]), 1)
@@ -172,9 +183,13 @@ def read_curves_table(path: str | Path) -> tuple[list[str], np.ndarray]:
     ]  # fmt: skip
     if not numeric:
         raise ValueError(f"{path} has no number column; a wide table has one an epoch, a long one epoch and reward")
-    repeated = (
-        [sample_id for sample_id in dict.fromkeys(ids) if ids.count(sample_id) > 1] if len(set(ids)) < len(ids) else []
-    )
+    unnumbered = [name for name in numeric if not re.search(r"\d", name)]
+    if unnumbered and len(unnumbered) < len(numeric):
+        raise ValueError(
+            f"{path}: columns {', '.join(unnumbered)} do not look like epochs beside "
+            f"{', '.join(name for name in numeric if name not in unnumbered)}; leave them out"
+        )
+    repeated = [sample_id for sample_id, times in Counter(ids).items() if times > 1]
     if repeated:
         raise ValueError(f"{path}: id {repeated[0]!r} stands in more than one row ({len(repeated)} such ids)")
     return ids, np.column_stack([_floats(table.column(name), f"{path}, column {name}") for name in numeric])
@@ -257,7 +272,11 @@ def _table(path: Path) -> pa.Table:
     import pyarrow.csv
 
     try:
-        return pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+        if path.suffix != ".csv":
+            return pq.read_table(path)
+        # Ids stay as they are spelled: 007 is not 7.
+        spelled = pyarrow.csv.ConvertOptions(column_types={"id": pa.string(), "sample_id": pa.string()})
+        return pyarrow.csv.read_csv(path, convert_options=spelled)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 

@@ -23,7 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Row = dict[str, Any]
+
+class Row(dict[str, Any]):
+    """One model's columns; `where` names its table and line for messages."""
+
+    where = ""
 
 
 def load_rows(paths: Sequence[str | Path]) -> list[Row]:
@@ -45,16 +49,18 @@ def load_rows(paths: Sequence[str | Path]) -> list[Row]:
         elif not path.is_file():
             raise FileNotFoundError(f"loss table {path} does not exist")
         else:
-            rows += _file(path)
+            for number, columns in enumerate(_file(path), start=1):
+                rows.append(Row(columns))
+                rows[-1].where = f"{path}, row {number}"
     if not rows:
         raise ValueError(f"{', '.join(map(str, paths))}: no rows")
     return rows
 
 
-def numbers(rows: Sequence[Row], column: str) -> np.ndarray:
+def numbers(rows: Sequence[dict[str, Any]], column: str) -> np.ndarray:
     """[n] float64 of a column whose values must all be finite and positive.
 
-    Raises ValueError naming the column (and the nearest one there is), or the row (from 1) and its value.
+    Raises ValueError naming the column (and the nearest one there is), or the table's row (from 1) and its value.
     """
     require(rows, column)
     values = np.empty(len(rows))
@@ -63,17 +69,21 @@ def numbers(rows: Sequence[Row], column: str) -> np.ndarray:
         try:
             values[number] = float(raw) if raw not in (None, "") else math.nan
         except (TypeError, ValueError):
-            raise ValueError(f"column {column!r}, row {number + 1}: {raw!r} is not a number") from None
+            raise ValueError(f"{_place(row, number)}: column {column!r}: {raw!r} is not a number") from None
         if not math.isfinite(values[number]) or values[number] <= 0:
             shown = "empty" if raw in (None, "") else f"{raw}"
             raise ValueError(
-                f"column {column!r}, row {number + 1} is {shown}; losses, sizes and tokens must be finite and positive "
-                "(--drop-incomplete leaves such rows out)"
+                f"{_place(row, number)}: column {column!r} is {shown}; losses, sizes and tokens must be finite and "
+                "positive (--drop-incomplete leaves such rows out)"
             )
     return values
 
 
-def require(rows: Sequence[Row], column: str) -> None:
+def _place(row: dict[str, Any], number: int) -> str:
+    return getattr(row, "where", "") or f"row {number + 1}"
+
+
+def require(rows: Sequence[dict[str, Any]], column: str) -> None:
     """ValueError if no row has the column."""
     names = {name: None for row in rows for name in row}
     if column not in names:
@@ -91,7 +101,7 @@ def drop_incomplete(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[R
         for column in columns:
             try:
                 value = float(row.get(column) or math.nan)
-            except ValueError:
+            except (TypeError, ValueError):
                 return False
             if not math.isfinite(value) or value <= 0:
                 return False
@@ -101,7 +111,7 @@ def drop_incomplete(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[R
     return kept, len(rows) - len(kept)
 
 
-def _file(path: Path) -> list[Row]:
+def _file(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))
@@ -110,9 +120,12 @@ def _file(path: Path) -> list[Row]:
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+                rows.append(row)
         return rows
     if path.suffix == ".parquet":
         try:
@@ -127,9 +140,8 @@ def _file(path: Path) -> list[Row]:
 def _evaluation(path: Path) -> Row:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        row: Row = {
-            name: record.get(name) for name in ("model", "data", "params", "tokens", "tokenizer", "architecture")
-        }
+        row = Row({n: record.get(n) for n in ("model", "data", "params", "tokens", "tokenizer", "architecture")})
+        row.where = str(path)
         for name, loss in record["losses"].items():
             row[name] = loss["per_token"]
             row[f"{name} per byte"] = loss["per_byte"]

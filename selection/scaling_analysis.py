@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.stats import f as f_distribution
@@ -116,6 +117,9 @@ def families(
     """
     if (e_x is None) != (e_y is None):
         raise ValueError("give both e_x and e_y, or neither")
+    # The whole table first: a bad value is one whichever group it falls into.
+    for column in dict.fromkeys(name for name in (columns.x, columns.y, columns.params, columns.tokens) if name):
+        numbers(rows, column)
     groups = _split(rows, columns)
     found, left_out = [], []
     for name, (own, other) in groups.items():
@@ -132,14 +136,21 @@ def families(
     return found, left_out
 
 
-def compare(found: Sequence[Family], *, seed: int = 0) -> list[tuple[str, str, OneLine]]:
-    """One line or two, for every pair of families, on E common to both (the lower of the two on each side)."""
-    results = []
+def compare(found: Sequence[Family], *, seed: int = 0) -> tuple[list[tuple[str, str, OneLine]], list[str]]:
+    """One line or two, for every pair of families, on E common to both (the lower of the two on each side).
+
+    Returns:
+        (name, name, test) of each pair, and which pairs could not be tested with the reason.
+    """
+    results, left_out = [], []
     for place, a in enumerate(found):
         for b in found[place + 1 :]:
             e_x, e_y = min(a.fit.e_x, b.fit.e_x), min(a.fit.e_y, b.fit.e_y)
-            results.append((a.name, b.name, one_line_or_two((a.x, a.y), (b.x, b.y), e_x, e_y, seed=seed)))
-    return results
+            try:
+                results.append((a.name, b.name, one_line_or_two((a.x, a.y), (b.x, b.y), e_x, e_y, seed=seed)))
+            except ValueError as error:
+                left_out.append(f"{a.name} against {b.name}: {error}")
+    return results, left_out
 
 
 def factor_effects(
@@ -216,17 +227,35 @@ def _pairs(own: list[Row], other: list[Row], columns: Columns) -> tuple[np.ndarr
         return numbers(own, columns.x), numbers(other, columns.y)
     if not columns.pair_on:
         raise ValueError("train-to-train needs columns to pair runs on, such as params and tokens")
-    x, y = ({_key(row, columns.pair_on, side): row for row in side} for side in (own, other))
+    x, y = (_by_key(side, columns) for side in (own, other))
     shared = [key for key in x if key in y]
     if not shared:
         return np.zeros(0), np.zeros(0)
     return numbers([x[key] for key in shared], columns.x), numbers([y[key] for key in shared], columns.y)
 
 
-def _key(row: Row, names: tuple[str, ...], side: list[Row]) -> tuple[str, ...]:
-    for name in names:
+def _by_key(side: list[Row], columns: Columns) -> dict[tuple[Any, ...], Row]:
+    """Runs by what they are paired on; numbers pair by value, however a table spells them."""
+    for name in columns.pair_on:
         require(side, name)
-    return tuple(str(row.get(name)) for name in names)
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in side:
+        key = tuple(_value(row.get(name)) for name in columns.pair_on)
+        if key in found:
+            group = row.get(columns.group) if columns.group else "all"
+            raise ValueError(
+                f"two runs of {group} agree on {', '.join(columns.pair_on)} ({', '.join(map(str, key))}): name more "
+                "columns that tell them apart to pair on"
+            )
+        found[key] = row
+    return found
+
+
+def _value(raw: Any) -> Any:
+    try:
+        return float(raw)
+    except (TypeError, ValueError):
+        return str(raw)
 
 
 def _family(

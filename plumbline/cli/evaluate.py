@@ -57,7 +57,8 @@ def evaluate(
     from rich.console import Console
 
     from plumbline.rl.evaluation.launch import launch_evaluation
-    from plumbline.rl.text_loss import launch_losses, read_text_sets
+    from plumbline.rl.text_loss import launch_losses
+    from plumbline.rl.text_sets import read_text_sets
 
     console = Console(emoji=False)
     texts = read_text_sets(loss_on or [], column=loss_column, limit=loss_documents)

@@ -69,7 +69,8 @@ def scaling(
         found, left_out = families(rows, columns, e_x=e_x, e_y=e_y, resamples=resamples, seed=seed)
         analysis = Analysis(columns, found, left_out, rows=len(rows), dropped=dropped)
         if analysis.same_axes:
-            analysis.comparisons = compare(found, seed=seed)
+            analysis.comparisons, untested = compare(found, seed=seed)
+            left_out += untested
         if factors:
             chosen = [name.strip() for name in factors.split(",") if name.strip()]
             analysis.effects = factor_effects(rows, columns, chosen, resamples=resamples, seed=seed)

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from plumbline.rl.data import Problem
     from plumbline.selection.facts import Facts
     from plumbline.selection.methods import Selection
+
+# Columns of each sample's problem.
+Problems = dict[str, dict[str, Any]]
 
 
 def select(
@@ -34,7 +40,10 @@ def select(
     count: Annotated[int | None, typer.Option(min=1, help="Keep the so many highest scores instead.")] = None,
     share: Annotated[float | None, typer.Option(help="Keep this share of the samples instead.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="The training set, for problems, levels and sources (as data.source).")
+        str | None,
+        typer.Option(
+            help="The training set, for problems, levels and sources (as data.source); default: what the run's config says."
+        ),
     ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of the sample id in an imported log.")] = None,
     reward: Annotated[str | None, typer.Option(help="Column of the reward in a TRL log with several.")] = None,
@@ -69,7 +78,7 @@ def select(
         )  # fmt: skip
         if not chosen.kept.any():
             raise ValueError(nothing_kept(chosen))
-        problems = _problems(data, chosen) if data is not None else None
+        problems = _problems(data, chosen) if data is not None else _problems_of_run(history, chosen, console)
         measured = "mean reward of a sample's rollouts" if value == "reward" else "share of a sample's rollouts correct"
         parts = sections(chosen, value=measured, source=source, facts=facts, problems=problems, seed=seed)
         paths = write_subset(chosen, folder, problems)
@@ -90,6 +99,8 @@ def _read(
     history: Path, folder: Path, run: list[str] | None, value: str, epochs: int | None, imported: dict[str, Any]
 ) -> tuple[list[str], Any, Facts | None, str]:
     """(sample ids, curves, facts, where from in words) of whatever `history` is."""
+    import shutil
+
     from plumbline.selection import importers
     from plumbline.selection.curves import curves
     from plumbline.selection.facts import sample_facts
@@ -106,7 +117,7 @@ def _read(
             "verl's N.jsonl, OpenRLHF's step_N.json, or a .csv / .parquet of curves"
         )
     if kind == "curves":
-        ids, table = importers.read_curves_table(history)
+        ids, table = importers.read_curves_table(history, value)
         return ids, table if epochs is None else table[:, :epochs], None, f"the table {history}"
     where = history
     if kind == "plumbline":
@@ -117,13 +128,17 @@ def _read(
             raise ValueError(
                 f"{where / kind} holds an earlier import; give another --output, or --history {where} to use it"
             )
+        # Under another name until it is whole: what an import that failed or was killed left is no history.
+        partial = folder / "history.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         common = {"id_column": imported["id_column"], "correct_at": imported["correct_at"]}
         if kind == "trl":
-            importers.import_trl(history, where, kind, reward=imported["reward"], **common)
+            importers.import_trl(history, partial, kind, reward=imported["reward"], **common)
         elif kind == "verl":
-            importers.import_verl(history, where, kind, **common)
+            importers.import_verl(history, partial, kind, **common)
         else:
-            importers.import_openrlhf(history, where, kind, **common)
+            importers.import_openrlhf(history, partial, kind, **common)
+        partial.rename(where)
     names = run or None
     ids, table = curves(where, value=value, run=names, epochs=epochs)
     facts = sample_facts(where, names)
@@ -131,14 +146,13 @@ def _read(
     return ids, table, facts, f"{facts.rows:,} graded completions in {history}{log}"
 
 
-def _problems(data: str, chosen: Selection) -> dict[str, dict[str, Any]]:
+def _problems(data: str, chosen: Selection) -> Problems:
     """The training set by id, with every column."""
     from plumbline.rl.data import load_problems
 
     problems, _ = load_problems(data)
-    found = {p.id: {"problem": p.problem, "answer": p.answer, **p.extras} for p in problems}
-    shared = sum(sample_id in found for sample_id in chosen.sample_ids)
-    if shared == 0:
+    found = _by_id(problems)
+    if not any(sample_id in found for sample_id in chosen.sample_ids):
         raise ValueError(
             f"none of the {len(chosen.sample_ids):,} samples of the history is in {data}: ids there look like "
             f"{problems[0].id!r}, here like {chosen.sample_ids[0]!r}"
@@ -146,9 +160,35 @@ def _problems(data: str, chosen: Selection) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _print(
-    console: Console, chosen: Selection, facts: Facts | None, problems: dict[str, dict[str, Any]] | None, source: str
-) -> None:
+def _problems_of_run(history: Path, chosen: Selection, console: Console) -> Problems | None:
+    """The training set of the run that left this history; None if no run of ours did, or its data is not here now."""
+    from plumbline.errors import InputError
+    from plumbline.rl.config import load_config
+    from plumbline.rl.output import MARKER
+    from plumbline.rl.tasks import read_problems
+
+    # A training run's folder, its history/, and the same of a pipeline's stage.
+    nearby = (history, *history.resolve().parents[:2])
+    folder = next((each for each in nearby if (each / MARKER).is_file() and (each / "config.yaml").is_file()), None)
+    if folder is None:
+        return None
+    try:
+        section = load_config(folder / "config.yaml").data
+        found = _by_id(read_problems(section)[0])
+        missing = sum(sample_id not in found for sample_id in chosen.sample_ids)
+        if missing:
+            raise InputError(f"{section.source} lacks {missing:,} of the {len(chosen.sample_ids):,} samples")
+    except (InputError, FileNotFoundError) as error:
+        console.print(f"without problems and levels, which --data would give: {error}", markup=False, soft_wrap=True)
+        return None
+    return found
+
+
+def _by_id(problems: Sequence[Problem]) -> Problems:
+    return {p.id: {"problem": p.problem, "answer": p.answer, **p.extras} for p in problems}
+
+
+def _print(console: Console, chosen: Selection, facts: Facts | None, problems: Problems | None, source: str) -> None:
     """How many, why, from where, and whether the grader can be trusted."""
     import numpy as np
     from rich.markup import escape

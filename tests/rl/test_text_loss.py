@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from plumbline.cli import app
 from plumbline.errors import InputError
 from plumbline.models.load import load_policy, load_tokenizer
-from plumbline.rl.text_loss import TextSet, launch_losses, origin, read_text_sets, record_losses, text_loss, windows
+from plumbline.rl.text_loss import launch_losses, origin, record_losses, text_loss, windows
+from plumbline.rl.text_sets import TextSet, read_text_sets
 from plumbline.selection.history import HistoryWriter
 
 SHAPE = {

@@ -138,6 +138,9 @@ def test_wide_and_long_tables(tmp_path):
         ("id,e1\na,x\n", "no number column"),
         ("id,epoch,reward\na,0.5,1\n", "whole numbers"),
         ("id,e1\na,inf\n", "infinity"),
+        ("id,e1\n", "has no rows"),
+        ("id,e1\n,1\nb,0\n", "1 rows have no id"),
+        ("id,e1,e2,level\na,1,1,3\n", "columns level do not look like epochs beside e1, e2"),
     ],
 )
 def test_bad_tables(tmp_path, text, words):
@@ -146,6 +149,14 @@ def test_bad_tables(tmp_path, text, words):
         read_curves_table(tmp_path / "t.csv")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_curves_table(tmp_path / "other.csv")
+
+
+def test_ids_stay_as_they_are_spelled_and_the_value_asked_for_is_read(tmp_path):
+    (tmp_path / "t.csv").write_text("id,epoch,correct,reward\n007,0,true,0.5\n7,0,false,-1\n")
+    ids, values = read_curves_table(tmp_path / "t.csv")
+    assert ids == ["007", "7"]
+    np.testing.assert_array_equal(values, [[1], [0]])
+    np.testing.assert_array_equal(read_curves_table(tmp_path / "t.csv", "reward")[1], [[0.5], [-1]])
 
 
 class State:

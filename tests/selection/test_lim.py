@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -32,6 +32,8 @@ def definition(curves):
     return np.array(scores), np.array(average)
 
 
+# A loaded machine may be slow; that is no finding about the formula.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     arrays(
         np.float64,

@@ -66,7 +66,7 @@ def test_groups_are_told_apart_and_the_cause_is_named():
     for family, level in zip(found, (0.9, 0.7, 0.5), strict=True):
         assert pytest.approx(level, rel=0.03) == family.fit.K
         assert family.fit.kappa == pytest.approx(1.1, rel=0.05)
-    assert all(test.p_value < 1e-4 for _, _, test in compare(found))
+    assert all(test.p_value < 1e-4 for _, _, test in compare(found)[0])
     effects = factor_effects(rows, columns, ["architecture", "data", "tokenizer"], resamples=60)
     assert {effects[0].factor, effects[1].factor} == {"data", "tokenizer"}
     assert effects[0].share.low > 0.8
@@ -116,9 +116,9 @@ def test_ill_conditioned_input_is_said(tmp_path, run):
         ({}, ["--x", "valu", "--y", "test"], "no column 'valu'; did you mean 'val'"),
         ({}, ["--x", "val"], "--y is missing"),
         ({}, ["--x", "val", "--y", "test", "--e-x", "1"], "both e_x and e_y"),
-        ({"test": ""}, ["--x", "val", "--y", "test"], "column 'test', row 3 is empty"),
-        ({"test": "nan"}, ["--x", "val", "--y", "test"], "column 'test', row 3 is nan"),
-        ({"test": "-1"}, ["--x", "val", "--y", "test"], "column 'test', row 3 is -1"),
+        ({"test": ""}, ["--x", "val", "--y", "test"], "runs.csv, row 23: column 'test' is empty"),
+        ({"test": "nan"}, ["--x", "val", "--y", "test"], "row 23: column 'test' is nan"),
+        ({"test": "-1"}, ["--x", "val", "--y", "test"], "row 23: column 'test' is -1"),
         ({"test": "x"}, ["--x", "val", "--y", "test"], "'x' is not a number"),
         ({}, ["--x", "val", "--reference", "web", "--group", "data"], "columns to pair runs on"),
         ({}, ["--x", "val", "--reference", "moon", "--group", "data", "--pair-on", "N"], "no run has data = 'moon'"),
@@ -127,10 +127,22 @@ def test_ill_conditioned_input_is_said(tmp_path, run):
 )
 def test_bad_tables_are_refused(tmp_path, run, change, arguments, words):
     rows = world()
-    rows[2] |= change
+    rows[22] |= change
     result = run(write(rows, tmp_path / "runs.csv"), *arguments, "--output", tmp_path / "out")
     assert isinstance(result.exception, InputError)
     assert words in str(result.exception)
+
+
+def test_runs_pair_by_value_and_never_by_chance(tmp_path):
+    """Two tables that spell one number differently pair; runs that the named columns do not tell apart are refused."""
+    rows = world()
+    web = [{**row, "D": f"{row['D']:.1f}"} for row in rows if row["data"] == "web"]
+    books = [{**row, "D": f"{row['D']:g}"} for row in rows if row["data"] == "books"]
+    columns = Columns("val", "val", "data", reference="web", pair_on=("N", "D"))
+    found, _ = families([*web, *books], columns, e_x=1.5, e_y=1.5, resamples=20)
+    assert found[0].fit.n == 15
+    with pytest.raises(ValueError, match=r"two runs of web agree on D \(1000000000\.0\): name more"):
+        families([*web, *books], Columns("val", "val", "data", reference="web", pair_on=("D",)), e_x=1.5, e_y=1.5)
 
 
 def test_incomplete_rows_are_dropped_only_when_asked(tmp_path, run):

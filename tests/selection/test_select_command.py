@@ -137,6 +137,12 @@ def test_tables_and_logs(tmp_path, run):
     assert len((tmp_path / "b" / "ids.txt").read_text().split()) == 6
     again = run("linear", "--history", log, "--output", tmp_path / "b")
     assert "earlier import" in str(again.exception)
+    (log / "4.jsonl").write_text('{"input": "q0"}\n')
+    for _ in range(2):
+        bad = run("linear", "--history", log, "--output", tmp_path / "c")
+        assert "a row has no 'score'" in str(bad.exception)
+    (log / "4.jsonl").unlink()
+    assert run("linear", "--threshold", "0.5", "--history", log, "--output", tmp_path / "c").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -176,3 +182,19 @@ def test_a_folder_that_is_no_history(tmp_path, run):
 def test_a_folder_of_runs_names_them(tmp_path, run, recorded):
     result = run("lim", "--history", recorded.parent, "--output", tmp_path / "out")
     assert f"holds 1 runs: name one of {recorded}" in str(result.exception)
+
+
+def test_the_run_itself_says_where_its_problems_are(tmp_path, run, recorded):
+    (recorded / "run.json").write_text("{}")
+    (recorded / "config.yaml").write_text(f"name: prerun\ndata: {{source: {tmp_path}/data.jsonl}}\n")
+    for history in (recorded, recorded / "history"):
+        result = run("lim", "--history", history, "--output", tmp_path / "out")
+        assert "Kept by level" in result.output
+        assert json.loads((tmp_path / "out" / "subset.jsonl").read_text().split("\n")[0])["problem"].startswith(
+            "What is"
+        )
+    (tmp_path / "data.jsonl").unlink()
+    result = run("lim", "--history", recorded, "--output", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "without problems and levels, which --data would give" in result.output
+    assert "Kept by level" not in result.output

@@ -1,13 +1,8 @@
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 import torch
-
-# The kernels' module reads this when it is first imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

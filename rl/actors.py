@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import ray
 from plumbline.rewards.verdict import Verdict
 from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig
+from plumbline.rl.monitoring.publish import actor_name, watch_grading, watch_rollout, watch_update
 
 
 def _set_up(threads: int | None) -> None:
@@ -31,6 +33,10 @@ def _set_up(threads: int | None) -> None:
 @ray.remote
 class RolloutWorker:
     """Owns a rollout engine."""
+
+    # Ray puts it in front of each line that the actor logs.
+    def __repr__(self) -> str:
+        return actor_name()
 
     def begin(self, config: RunConfig, policy_path: str | None = None) -> str:
         """Load the starting policy of a run (or any other to evaluate). Returns the device."""
@@ -59,12 +65,15 @@ class RolloutWorker:
 
     @ray.method(num_returns="streaming")
     def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
-        yield from self.engine.generate(prompts, completions, sampling)
+        yield from watch_rollout(self.engine.generate(prompts, completions, sampling), len(prompts))
 
 
 @ray.remote
 class RewardWorker:
     """Grades finished groups in killable processes while other groups still generate."""
+
+    def __repr__(self) -> str:
+        return actor_name()
 
     def __init__(self, config: RunConfig) -> None:
         from plumbline.rewards.workers import Grader
@@ -82,7 +91,8 @@ class RewardWorker:
     def grade(self, group: Group) -> Group:
         from plumbline.rl.grading import grade_group
 
-        return grade_group(group, self.grader, self.shaping)
+        began = time.monotonic()
+        return watch_grading(grade_group(group, self.grader, self.shaping), began)
 
     def second_opinion(self, pairs: list[tuple[str, str]]) -> list[Verdict]:
         """What the second checker says of (answer, gold) pairs."""
@@ -96,6 +106,9 @@ class RewardWorker:
 @ray.remote
 class LearnerWorker:
     """Owns the learner."""
+
+    def __repr__(self) -> str:
+        return actor_name()
 
     def begin(self, config: RunConfig) -> str:
         """Load the starting policy with a fresh optimizer. Returns the device."""
@@ -113,7 +126,10 @@ class LearnerWorker:
         self.learner.load(Path(folder))
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
-        return self.learner.update(batch)
+        began = time.monotonic()
+        metrics = self.learner.update(batch)
+        watch_update(began)
+        return metrics
 
     def publish(self) -> dict[str, Any]:
         """{version, arrays, checksum}: arrays go to the object store once and are shared by all rollout workers."""

@@ -6,15 +6,20 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray.job_config import JobConfig
 
 from plumbline.errors import InputError
 from plumbline.rl.actors import LearnerWorker, RewardWorker, RolloutWorker
 from plumbline.rl.batch import Group, Prompt, Sampling
 from plumbline.rl.config import RunConfig
+from plumbline.rl.monitoring.job import actor_namer, job_metadata, show_on_job_page
+from plumbline.rl.monitoring.publish import publish_grading_queue
 
 
 def start_ray(config: RunConfig) -> bool:
@@ -26,19 +31,44 @@ def start_ray(config: RunConfig) -> bool:
     # Ray lowers its workers' priority by 15; here the workers are the work.
     os.environ.setdefault("RAY_worker_niceness", "0")
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    metadata = job_metadata(config.name, config.folder)
+    common: dict[str, Any] = {
+        "job_config": JobConfig(metadata=metadata),
+        "log_to_driver": True,
+        "logging_level": logging.WARNING,
+    }
     if address:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(address=address, **common)
+        trouble = show_on_job_page(metadata)
+        if trouble:
+            logging.getLogger(__name__).warning(trouble)
         return True
-    settings = config.ray
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, _booked_cpus(config)),
-        include_dashboard=settings.dashboard,
-        dashboard_host="127.0.0.1",
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-    )
+    # Whoever can reach a Ray cluster can run code in it. Ray asks for the token in ~/.ray/auth_token unless RAY_AUTH_MODE
+    # says otherwise, which is left to the user.
+    with on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, _booked_cpus(config)),
+            include_dashboard=config.ray.dashboard,
+            dashboard_host="127.0.0.1",
+            **common,
+        )
     return True
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Within the block, a cluster that is started listens on the loopback address alone.
+
+    Ray does so by itself on systems where it forms no clusters of several machines; elsewhere it binds to every
+    interface, and takes an address of 127.0.0.1 for the machine's outer one.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _booked_cpus(config: RunConfig) -> int:
@@ -70,13 +100,16 @@ class Roles:
         rollout_actor: Any = RolloutWorker
         reward_actor: Any = RewardWorker
         learner_actor: Any = LearnerWorker
-        for _ in range(rollout.workers):
+        name = actor_namer()
+        for number in range(rollout.workers):
             options: dict[str, Any] = {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker}
-            roles.rollout.append(rollout_actor.options(**options).remote())
-        for _ in range(reward.workers):
-            roles.reward.append(reward_actor.options(num_cpus=reward.cpus_per_worker).remote(config))
+            roles.rollout.append(rollout_actor.options(name=name("rollout", number), **options).remote())
+        for number in range(reward.workers):
+            options = {"num_cpus": reward.cpus_per_worker, "name": name("reward", number)}
+            roles.reward.append(reward_actor.options(**options).remote(config))
         if learner:
-            roles.learner = learner_actor.options(num_cpus=settings.cpus, num_gpus=settings.gpus).remote()
+            options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "name": name("learner", 0)}
+            roles.learner = learner_actor.options(**options).remote()
         actors = [*roles.rollout, *roles.reward, *([roles.learner] if learner else [])]
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, pending = ray.wait(ready, num_returns=len(ready), timeout=config.ray.start_timeout_seconds)
@@ -139,6 +172,7 @@ class Roles:
                 if item in grading:
                     grading.remove(item)
                     received += 1
+                    publish_grading_queue(self.config.name, len(grading))
                     yield ray.get(item)
                     continue
                 try:
@@ -148,6 +182,7 @@ class Roles:
                     continue
                 grading.append(self.reward[sent % len(self.reward)].grade.remote(group))
                 sent += 1
+                publish_grading_queue(self.config.name, len(grading))
 
     def close(self) -> None:
         """Stop grading processes and, if this run started it, Ray."""

@@ -210,6 +210,19 @@ class RaySection(Section):
     address: str | None = Field(None, description="None: a local cluster, or the job's own inside `ray job submit`.")
     dashboard: bool = Field(True, description="Ray's dashboard, on the loopback address only.")
     start_timeout_seconds: float = Field(180, gt=0, description="Deadline for the cluster and every actor to come up.")
+    timeline_step: PositiveInt | None = Field(
+        None, description="Write the calls of this training step as a Chrome trace, timeline-step-N.json."
+    )
+
+
+class TrackingSection(Section):
+    trackers: list[str] = Field(
+        default_factory=list,
+        description="Any of `wandb`, `trackio`, `mlflow`, besides TensorBoard and metrics.jsonl, which are always written.",
+    )
+    project: str = Field(
+        "plumbline", min_length=1, description="Project (MLflow: experiment) that runs are grouped in."
+    )
 
 
 class RunConfig(Section):
@@ -235,6 +248,7 @@ class RunConfig(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     selection: SelectionSection = Field(default_factory=SelectionSection)
     ray: RaySection = Field(default_factory=RaySection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
 
     @property
     def folder(self) -> Path:

@@ -9,6 +9,7 @@ from plumbline.rl.grading import load_shaping
 from plumbline.rl.output import mark_run, prepare_output
 from plumbline.rl.plan import TRAINING_RUNS_OF_A_PIPELINE, make_plan, print_plan
 from plumbline.rl.tasks import evaluation_tasks, training_tasks
+from plumbline.rl.trackers import check_trackers
 
 
 def launch_training(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -20,6 +21,7 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     for line in report.lines():
         console.print(line, highlight=False)
     load_shaping(config.reward.shaping)
+    check_trackers(config.tracking.trackers)
     plan = make_plan(config)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "train")
@@ -31,8 +33,13 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     console.print("starting Ray and the workers …")
     with Roles.start(config) as roles:
         result = train(config, roles, tasks, console, resume=resume)
+
+    from plumbline.rl.run_report import write_run_report
+
+    write_run_report([config.folder], config.folder / "run.html")
     console.print(
-        f"done: {result.steps} steps, {result.rollouts:,} rollouts in {result.seconds:.0f} s; policy in {result.policy}",
+        f"done: {result.steps} steps, {result.rollouts:,} rollouts in {result.seconds:.0f} s; policy in {result.policy}; "
+        f"report: {config.folder / 'run.html'}",
         highlight=False,
     )
 
@@ -47,6 +54,7 @@ def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False
     for line in report.lines():
         console.print(line, highlight=False)
     load_shaping(config.reward.shaping)
+    check_trackers(config.tracking.trackers)
     plan = make_plan(config, training_runs=TRAINING_RUNS_OF_A_PIPELINE)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "run")

@@ -15,7 +15,7 @@ from plumbline.rl.checking import CheckingStage
 from plumbline.rl.checkpoint import CheckpointStore
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import RunConfig
-from plumbline.rl.records import CompletionLog, history_rows, step_metrics, training_batch
+from plumbline.rl.records import CompletionLog, history_rows, state_metrics, step_metrics, training_batch
 from plumbline.rl.tasks import TaskSet
 from plumbline.rl.telemetry import Telemetry
 from plumbline.selection.history import HistoryWriter
@@ -76,7 +76,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
         return checkpoints.save(step, state, lambda target: ray.get(roles.learner.save.remote(str(target.resolve()))))
 
     newest = saved[0] if saved is not None else None
-    with Telemetry(folder, config.name, start, config.steps, console) as telemetry:
+    with Telemetry(config, start, console) as telemetry:
         for step in range(start + 1, config.steps + 1):
             clock = time.monotonic()
             sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, seed=config.seed)
@@ -96,9 +96,11 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             update = roles.learner.update.remote(batch)
             checked = checking.check(step, groups)  # on the reward workers, while the learner works
             metrics = ray.get(update) | checked
-            policy_version = roles.sync()
+            used_version, policy_version = policy_version, roles.sync()
 
-            metrics |= step_metrics(groups, batch, rollout_seconds, time.monotonic() - clock)
+            step_seconds = time.monotonic() - clock
+            metrics |= state_metrics(groups, len(tasks), used_version, rollout_seconds, step_seconds)
+            metrics |= step_metrics(groups, batch, rollout_seconds, step_seconds)
             metrics["policy_version"] = policy_version
             telemetry.log(step, metrics)
             if step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):

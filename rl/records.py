@@ -122,3 +122,26 @@ def step_metrics(
     for reason in ("no_answer", "malformed", "timeout", "bad_gold", "error"):
         metrics[f"grader/{reason}"] = reasons[reason] / n
     return metrics
+
+
+def state_metrics(
+    groups: list[Group], samples: int, learner_version: int, rollout_seconds: float, step_seconds: float
+) -> dict[str, float]:
+    """How the step stood between its roles, and what selection has to choose from.
+
+    Args:
+        groups: of the step.
+        samples: in the training set.
+        learner_version: of the weights that learnt from the groups.
+        rollout_seconds, step_seconds: of the step; here one role waits while the other works.
+    """
+    shares = [sum(group.correct) / len(group.correct) for group in groups]
+    return {
+        "rollout/staleness": sum(learner_version - group.policy_version for group in groups) / len(groups),
+        "stall/learner_seconds": rollout_seconds,
+        "stall/rollout_seconds": max(0.0, step_seconds - rollout_seconds),
+        "selection/epoch": float(max(group.prompt.epoch for group in groups)),
+        "selection/samples": float(samples),
+        "selection/solved": sum(share == 1 for share in shares) / len(shares),
+        "selection/unsolved": sum(share == 0 for share in shares) / len(shares),
+    }

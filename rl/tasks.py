@@ -7,11 +7,17 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from plumbline.errors import InputError
 from plumbline.rl.config import DataSection, EvaluationSection, RunConfig
 from plumbline.rl.data import DataReport, Problem, load_problems
-from plumbline.rl.text import Codec
+
+
+class Encoder(Protocol):
+    """Makes a prompt of a problem: a policy's Codec, or the messages for a served model."""
+
+    def encode(self, problem: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class TaskSet:
         source: named in errors.
     """
 
-    def __init__(self, problems: list[Problem], codec: Codec, max_prompt_tokens: int, source: str) -> None:
+    def __init__(self, problems: list[Problem], codec: Encoder, max_prompt_tokens: int, source: str) -> None:
         encoded = [Task(problem, codec.encode(problem.problem)) for problem in problems]
         self.tasks = {task.problem.id: task for task in encoded if len(task.token_ids) <= max_prompt_tokens}
         self.too_long = [problem.id for problem in problems if problem.id not in self.tasks]
@@ -64,7 +70,7 @@ class TaskSet:
         return digest.hexdigest()[:16]
 
 
-def training_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataReport]:
+def training_tasks(config: RunConfig, codec: Encoder) -> tuple[TaskSet, DataReport]:
     """The training set that config.data describes. InputError when nothing is left."""
     problems, report = read_problems(config.data)
     if config.data.subset is not None:
@@ -74,7 +80,7 @@ def training_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataReport
     return _tasks(problems, codec, config, config.data.source, report)
 
 
-def evaluation_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataReport]:
+def evaluation_tasks(config: RunConfig, codec: Encoder) -> tuple[TaskSet, DataReport]:
     """The held-out set that config.evaluation describes."""
     if config.evaluation.source is None:
         raise InputError("evaluation.source is not set: name a benchmark or a data source")
@@ -83,7 +89,7 @@ def evaluation_tasks(config: RunConfig, codec: Codec) -> tuple[TaskSet, DataRepo
 
 
 def _tasks(
-    problems: list[Problem], codec: Codec, config: RunConfig, source: str, report: DataReport
+    problems: list[Problem], codec: Encoder, config: RunConfig, source: str, report: DataReport
 ) -> tuple[TaskSet, DataReport]:
     tasks = TaskSet(problems, codec, config.prompt.max_tokens, source)
     report.too_long, report.max_prompt_tokens = tasks.too_long, config.prompt.max_tokens

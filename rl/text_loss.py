@@ -295,7 +295,7 @@ def launch_losses(
 
     from plumbline.models.load import policy_config
     from plumbline.rl.config import parse_config
-    from plumbline.rl.evaluation.launch import evaluation_name
+    from plumbline.rl.evaluation.request import evaluation_name
     from plumbline.rl.output import mark_run, prepare_output
 
     policy_config(model)  # refuse a model that is none before a folder is made

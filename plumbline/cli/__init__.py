@@ -13,8 +13,11 @@ from plumbline import __version__
 from plumbline.cli.adapt import adapt
 from plumbline.cli.build_embedded import build_embedded
 from plumbline.cli.check import check
+from plumbline.cli.compare import compare
 from plumbline.cli.convert import convert
 from plumbline.cli.evaluate import evaluate
+from plumbline.cli.monitoring import monitoring
+from plumbline.cli.report import report
 from plumbline.cli.run import run
 from plumbline.cli.scaling import scaling
 from plumbline.cli.select import select
@@ -29,7 +32,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, train, select, evaluate, check, convert, adapt, scaling, build_embedded):
+COMMANDS = (
+    run,
+    train,
+    select,
+    evaluate,
+    compare,
+    report,
+    monitoring,
+    check,
+    convert,
+    adapt,
+    scaling,
+    build_embedded,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

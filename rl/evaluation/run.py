@@ -1,100 +1,78 @@
-"""Answering a benchmark with a policy and grading the answers."""
+"""Answering one benchmark: every completion graded and kept, resumable, and the same again from the same settings."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-from plumbline.rl.batch import Group, Prompt, Sampling
-from plumbline.rl.cluster import Roles
-from plumbline.rl.stats import Interval, mean_interval
+from plumbline.rewards.workers import Grader
+from plumbline.rl.batch import Completion, Group, Prompt, Sampling
+from plumbline.rl.evaluation.scores import Evaluation, Row, by_problem, summarise, votes
 from plumbline.rl.tasks import TaskSet
 
 
-@dataclass
-class Evaluation:
-    """One benchmark's answers and what they come to.
+class GroupSource(Protocol):
+    """Whatever answers and grades prompts: the Ray roles, or a served model behind HTTP."""
+
+    def graded_groups(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+        """Groups in any order, as they are graded."""
+        ...
+
+
+class ServedCompletion(Completion):
+    """A completion whose token ids stayed with the server.
 
     Attributes:
-        name: the benchmark.
-        accuracy: mean over problems of the share of right completions.
-        by_level: the same for each level, where problems carry one.
-        tokens: mean completion length.
-        truncated, no_answer: shares of completions.
-        per_problem: sample id -> share of right completions.
-        seconds: wall time.
+        tokens: its length as the server counts; None where the server does not tell.
     """
 
-    name: str
-    accuracy: Interval
-    by_level: dict[str, Interval]
-    tokens: float
-    truncated: float
-    no_answer: float
-    per_problem: dict[str, float]
-    seconds: float
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "benchmark": self.name,
-            "accuracy": self.accuracy.as_dict(),
-            "by_level": {level: interval.as_dict() for level, interval in self.by_level.items()},
-            "mean_tokens": self.tokens,
-            "truncated": self.truncated,
-            "no_answer": self.no_answer,
-            "seconds": self.seconds,
-            "settings": self.settings,
-            "per_problem": self.per_problem,
-        }
-
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> Evaluation:
-        """The inverse of as_dict."""
-        return cls(
-            name=tree["benchmark"],
-            accuracy=Interval(**tree["accuracy"]),
-            by_level={level: Interval(**interval) for level, interval in tree["by_level"].items()},
-            tokens=tree["mean_tokens"],
-            truncated=tree["truncated"],
-            no_answer=tree["no_answer"],
-            per_problem=tree["per_problem"],
-            seconds=tree["seconds"],
-            settings=tree["settings"],
-        )
+    def __init__(self, text: str, truncated: bool, tokens: int | None) -> None:
+        super().__init__(token_ids=[], logprobs=[], text=text, truncated=truncated)
+        self.tokens = tokens
 
 
 def evaluate(
     name: str,
     tasks: TaskSet,
-    roles: Roles,
+    source: GroupSource,
     sampling: Sampling,
     completions: int,
     output: Path,
     *,
+    shard_problems: int | None = None,
+    independent: bool = False,
+    resume: bool = False,
     policy: str = "",
+    grader: Grader | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Answer every task `completions` times with the policy that the rollout workers hold.
+    """Answer every task `completions` times with the policy that the source holds.
 
-    Completions go to output/<name>.jsonl as they are graded, the summary to output/<name>.json.
+    Completions go to output/<name>.jsonl, sorted by problem, the figures to output/<name>.json.
+
+    A batch's composition decides the last bits of its logits, and so now and then a token. Therefore work is cut into
+    shards that depend on the settings alone, and resuming redoes an unfinished shard from its start: a resumed
+    evaluation equals one that never stopped.
 
     Args:
         name: file name of the results.
         tasks: the benchmark.
-        roles: with rollout and reward workers begun.
+        source: with workers begun.
         sampling: temperature 0 answers greedily (then one completion is enough).
         completions: of each problem.
         output: folder, made if absent.
+        shard_problems: problems answered together; None: all.
+        independent: completions do not depend on what else is in the batch, so any finished problem is kept.
+        resume: go on with output/<name>.partial.jsonl, or read finished results back.
         policy: whose answers these are, kept with the settings.
-        progress: called with (answered, all) after each problem.
+        grader: compares answers for maj@k; None makes one.
+        progress: called with (answered, all) at the start and after each problem.
     """
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
@@ -108,21 +86,50 @@ def evaluate(
         )
         for index, sample_id in enumerate(tasks)
     ]
-    groups: list[Group] = []
-    partial = output / f"{name}.partial.jsonl"
-    with partial.open("w", encoding="utf-8") as file:
-        for group in roles.graded_groups(prompts, completions, sampling):
-            groups.append(group)
-            for row in completion_rows(group):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            if progress:
-                progress(len(groups), len(prompts))
-    os.replace(partial, output / f"{name}.jsonl")
-    groups.sort(key=lambda group: group.prompt.index)
-    result = summarise(name, groups, tasks, time.monotonic() - began)
+    whole, partial = output / f"{name}.jsonl", output / f"{name}.partial.jsonl"
+    earlier_seconds = 0.0
+    rows: list[Row] = []
+    if resume and whole.exists():
+        rows = read_rows(whole)
+        earlier_seconds = _recorded_seconds(output / f"{name}.json")
+    elif resume and partial.exists():
+        rows = [row for group in by_problem(read_rows(partial)).values() if len(group) == completions for row in group]
+    done = set(by_problem(rows))
+    size = len(prompts) if independent else shard_problems or len(prompts)
+    shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    if not independent:
+        shards = [shard for shard in shards if any(prompt.sample_id not in done for prompt in shard)]
+        redone = {prompt.sample_id for shard in shards for prompt in shard}
+        rows = [row for row in rows if row["sample_id"] not in redone]
+    else:
+        shards = [[prompt for prompt in shard if prompt.sample_id not in done] for shard in shards]
+    answered = len(by_problem(rows))
+    if progress:
+        progress(answered, len(prompts))
+    if any(shards):
+        _write(partial, rows)
+        with partial.open("a", encoding="utf-8") as file, nullcontext(grader) if grader else Grader() as judge:
+            for shard in filter(None, shards):
+                fresh: list[Row] = []
+                for group in source.graded_groups(shard, completions, sampling):
+                    made = completion_rows(group, tasks, judge if completions > 1 else None)
+                    fresh += made
+                    answered += 1
+                    if independent:
+                        _append(file, made)
+                    if progress:
+                        progress(answered, len(prompts))
+                if not independent:
+                    _append(file, fresh)
+                rows += fresh
+        order = {prompt.sample_id: prompt.index for prompt in prompts}
+        rows.sort(key=lambda row: (order[row["sample_id"]], row["rollout"]))
+        _write(whole, rows)
+        partial.unlink()
+    result = summarise(name, rows, earlier_seconds + time.monotonic() - began)
     result.settings = settings_of(policy, sampling, completions)
-    summary = output / f"{name}.json.partial"
-    summary.write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
+    summary = output / f"{name}.json.new"
+    summary.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
     os.replace(summary, output / f"{name}.json")
     return result
 
@@ -143,49 +150,77 @@ def finished_evaluation(
     name: str, tasks: TaskSet, sampling: Sampling, completions: int, output: Path, policy: str
 ) -> Evaluation | None:
     """What an earlier `evaluate` of the same policy, problems and settings left in `output`; None if there is none."""
-    path = output / f"{name}.json"
-    if not path.is_file():
+    figures, rows = output / f"{name}.json", output / f"{name}.jsonl"
+    if not figures.is_file() or not rows.is_file():
         return None
-    result = Evaluation.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    same = result.settings == settings_of(policy, sampling, completions) and set(result.per_problem) == set(tasks)
-    return result if same else None
+    tree = json.loads(figures.read_text(encoding="utf-8"))
+    if tree["settings"] != settings_of(policy, sampling, completions) or set(tree["per_problem"]) != set(tasks):
+        return None
+    result = summarise(name, read_rows(rows), tree["seconds"])
+    result.settings = tree["settings"]
+    return result
 
 
-def completion_rows(group: Group) -> list[dict[str, Any]]:
+def completion_rows(group: Group, tasks: TaskSet, grader: Grader | None) -> list[Row]:
+    """One row a completion. `vote` numbers the distinct answers of the problem (None without a grader)."""
+    extras = tasks[group.prompt.sample_id].problem.extras
+    chosen: list[int | None] = [None] * len(group.completions)
+    if grader is not None:
+        chosen = votes(group.answers, group.correct, grader)
+    about = {name: str(extras[name]) for name in ("level", "subject") if extras.get(name) is not None}
     return [
         {
             "sample_id": group.prompt.sample_id,
             "rollout": number,
+            **about,
             "problem": group.prompt.text,
             "response": completion.text,
             "gold": group.prompt.gold,
             "answer": group.answers[number],
             "correct": group.correct[number],
             "reason": group.reasons[number],
-            "tokens": len(completion.token_ids),
+            "vote": chosen[number],
+            "tokens": completion.tokens if isinstance(completion, ServedCompletion) else len(completion.token_ids),
             "truncated": completion.truncated,
         }
         for number, completion in enumerate(group.completions)
     ]
 
 
-def summarise(name: str, groups: list[Group], tasks: TaskSet, seconds: float) -> Evaluation:
-    """Accuracy with intervals over problems, lengths and rates."""
-    per_problem = {group.prompt.sample_id: float(np.mean(group.correct)) for group in groups}
-    by_level: dict[str, list[float]] = {}
-    for sample_id, value in per_problem.items():
-        level = tasks[sample_id].problem.extras.get("level")
-        if level is not None:
-            by_level.setdefault(str(level), []).append(value)
-    completions = [completion for group in groups for completion in group.completions]
-    reasons = [reason for group in groups for reason in group.reasons]
-    return Evaluation(
-        name=name,
-        accuracy=mean_interval(np.array(list(per_problem.values()))),
-        by_level={level: mean_interval(np.array(values)) for level, values in sorted(by_level.items())},
-        tokens=float(np.mean([len(completion.token_ids) for completion in completions])),
-        truncated=float(np.mean([completion.truncated for completion in completions])),
-        no_answer=float(np.mean([reason == "no_answer" for reason in reasons])),
-        per_problem=per_problem,
-        seconds=seconds,
-    )
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a completions file; a torn last line (the process was killed) is left out."""
+    rows: list[Row] = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    """Replace a file as a whole: whenever the process is killed, the old or the new content is there."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        _append(file, rows)
+    os.replace(fresh, path)
+
+
+def _append(file: Any, rows: list[Row]) -> None:
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _recorded_seconds(path: Path) -> float:
+    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.exists() else 0.0

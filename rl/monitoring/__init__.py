@@ -1,0 +1,1 @@
+"""What Prometheus, Grafana and the Ray dashboard see of a run."""

@@ -1,0 +1,85 @@
+"""Publishing the catalogue's metrics through ray.util.metrics, in the process of the role that knows them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import ray
+from ray.util import metrics as ray_metrics
+
+from plumbline.rl.batch import Group
+from plumbline.rl.monitoring.catalogue import BY_NAME, METRICS
+
+
+@cache
+def instrument(name: str) -> Any:
+    """The Ray metric of a catalogue entry, one a process."""
+    metric = BY_NAME[name]
+    owner = "run" if metric.role == "driver" else "actor"
+    keys = (owner, *metric.tags)
+    about = f"{metric.about} Unit: {metric.unit}."
+    if metric.kind == "histogram":
+        return ray_metrics.Histogram(name, about, boundaries=list(metric.bounds), tag_keys=keys)
+    kind = ray_metrics.Counter if metric.kind == "counter" else ray_metrics.Gauge
+    return kind(name, about, tag_keys=keys)
+
+
+def publish_step(run: str, row: Mapping[str, float]) -> None:
+    """Set the driver's gauges from one row of metrics.jsonl. Without Ray nobody listens and nothing happens."""
+    if not ray.is_initialized():
+        return
+    for metric in METRICS:
+        if metric.key in row:
+            instrument(metric.name).set(row[metric.key], tags={"run": run})
+
+
+def publish_grading_queue(run: str, groups: int) -> None:
+    """Groups that graders have not given back."""
+    instrument("plumbline_grading_queue_groups").set(groups, tags={"run": run})
+
+
+def actor_name() -> str:
+    """Of the actor this process is."""
+    return ray.get_runtime_context().get_actor_name() or "unnamed"
+
+
+def watch_rollout(groups: Iterator[Group], prompts: int) -> Iterator[Group]:
+    """Pass groups on, counting what was generated and what is still to come."""
+    tags = {"actor": actor_name()}
+    queue = instrument("plumbline_rollout_queue_prompts")
+    queue.set(prompts, tags=tags)
+    for group in groups:
+        prompts -= 1
+        queue.set(prompts, tags=tags)
+        tokens = sum(len(completion.token_ids) for completion in group.completions)
+        instrument("plumbline_generated_tokens").inc(tokens, tags=tags)
+        instrument("plumbline_generated_completions").inc(len(group.completions), tags=tags)
+        yield group
+    publish_gpu_memory()
+
+
+def watch_grading(group: Group, began: float) -> Group:
+    """Count a graded group's verdicts; `began` is time.monotonic() at its start."""
+    tags = {"actor": actor_name()}
+    instrument("plumbline_grading_seconds").observe(time.monotonic() - began, tags=tags)
+    for reason in set(group.reasons):
+        instrument("plumbline_graded_completions").inc(group.reasons.count(reason), tags={**tags, "reason": reason})
+    return group
+
+
+def watch_update(began: float) -> None:
+    """Record the time of one update of the learner; `began` is time.monotonic() at its start."""
+    instrument("plumbline_learner_update_seconds").observe(time.monotonic() - began, tags={"actor": actor_name()})
+    publish_gpu_memory()
+
+
+def publish_gpu_memory() -> None:
+    """Torch's peak since the last call, if this process uses a GPU."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        instrument("plumbline_gpu_memory_bytes").set(torch.cuda.max_memory_allocated(), tags={"actor": actor_name()})
+        torch.cuda.reset_peak_memory_stats()

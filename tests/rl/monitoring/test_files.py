@@ -1,0 +1,51 @@
+"""The packaged dashboard and configuration say what the catalogue says, and so does the documentation."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from plumbline.rl.monitoring import dashboard
+from plumbline.rl.monitoring.catalogue import METRICS, markdown, panels
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_packaged_files_are_the_generated_ones(tmp_path):
+    for made, packaged in zip(
+        dashboard.write(tmp_path), (dashboard.DASHBOARD_FILE, dashboard.PROMETHEUS_FILE), strict=True
+    ):
+        assert made.read_text() == packaged.read_text(), f"plumbline monitoring {packaged.parent} writes it anew"
+
+
+def test_every_metric_is_on_the_dashboard_and_nothing_else():
+    tree = json.loads(dashboard.DASHBOARD_FILE.read_text())
+    queries = " ".join(target["expr"] for panel in tree["panels"] for target in panel["targets"])
+    shown = {re.sub(r"_bucket$", "", name) for name in re.findall(r"ray_plumbline_\w+", queries)}
+    assert shown == {metric.exported for metric in METRICS}
+    assert [panel["title"] for panel in tree["panels"]] == list(panels())
+    places = {(p["gridPos"]["x"], p["gridPos"]["y"]) for p in tree["panels"]}
+    assert len(places) == len(tree["panels"])
+    assert all(p["gridPos"]["x"] + p["gridPos"]["w"] <= 24 for p in tree["panels"])
+
+
+def test_names_follow_prometheus():
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names)
+    for metric in METRICS:
+        assert re.fullmatch(r"plumbline_[a-z_]+", metric.name)
+        assert (metric.unit == "ratio") == metric.name.endswith("_ratio"), metric.name
+        if metric.unit in ("s", "bytes"):
+            assert metric.name.endswith({"s": "_seconds", "bytes": "_bytes"}[metric.unit])
+        assert (metric.kind == "histogram") == bool(metric.bounds)
+
+
+def test_the_documentation_has_the_table():
+    assert markdown() in (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+
+
+def test_prometheus_reads_the_folder_it_is_given():
+    tree = yaml.safe_load(dashboard.prometheus("/scratch/ray/"))
+    (job,) = tree["scrape_configs"]
+    assert job["file_sd_configs"] == [{"files": ["/scratch/ray/prom_metrics_service_discovery.json"]}]

@@ -26,7 +26,7 @@ from plumbline.rl.evaluation.manifest import (
 )
 from plumbline.rl.evaluation.presets import BOXED, Settings, choose
 from plumbline.rl.output import versions
-from plumbline.rl.tasks import TaskSet, evaluation_tasks
+from plumbline.rl.tasks import Encoder, TaskSet, evaluation_tasks
 
 MAX_PROMPT_TOKENS = 4096
 # A shard holds this many times as many completions as are decoded at once: few idle slots at its end, little lost to a kill.
@@ -36,6 +36,10 @@ TAKEN = ("manifest", "run", "overlap", "losses", "config", "metrics")
 # Stands for the only model that a server has.
 SERVED = "served"
 ENGINES = ("native", "vllm", "endpoint")
+
+
+# A benchmark's name, source, limit, settings and problems a shard (None: not chosen yet).
+Chosen = tuple[str, str, int | None, Settings, int | None]
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,9 @@ def resolve(request: Request, console: Console) -> Job:
         "system": preset.system if request.system is None else request.system,
         "instruction": preset.instruction if request.instruction is None else request.instruction,
     }
-    parts = [(name, named.get(name, name), request.limit, chosen, None) for name, chosen in settings.items()]
+    parts: list[Chosen] = [
+        (name, named.get(name, name), request.limit, chosen, None) for name, chosen in settings.items()
+    ]
     engine = EnginePart(
         name=request.engine,
         url=request.url,
@@ -133,7 +139,7 @@ def resolve(request: Request, console: Console) -> Job:
 
 def repeat(request: Request, wanted: Manifest, console: Console) -> Job:
     """The same evaluation from its manifest; only the model's place and the output may be others."""
-    parts = [
+    parts: list[Chosen] = [
         (
             part.name,
             part.source,
@@ -161,7 +167,7 @@ def _job(
     request: Request,
     engine: EnginePart,
     prompt: dict[str, str | None],
-    parts: list[tuple[str, str, int | None, Settings, int | None]],
+    parts: list[Chosen],
     seed: int,
     verb: str,
     console: Console,
@@ -185,14 +191,16 @@ def _job(
         | ({} if served else {"engine": engine.name}),
     }
     config = parse_config(tree, where="plumbline evaluate")
-    messages = None
+    messages: Messages | None = None
+    encoder: Encoder
     if served:
         instruction = prompt.get("instruction")
         messages = Messages(prompt.get("system"), BOXED if instruction is None else instruction)
         style = PromptPart(system=messages.system, instruction=messages.instruction)
         # Messages are counted in bytes here; the server knows its own limit.
         config.prompt.max_tokens = 1_000_000
-        encoder, files = messages, {}
+        encoder = messages
+        files: dict[str, str] = {}
     else:
         from plumbline.models.load import policy_folder
         from plumbline.rl.text import Codec

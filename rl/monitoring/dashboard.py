@@ -91,11 +91,11 @@ def dashboard() -> dict[str, Any]:
 
 def prometheus(ray_folder: str = RAY_FOLDER) -> str:
     """A Prometheus configuration that finds every node of the cluster whose head node uses this temporary folder."""
+    # The file comes with the cluster and goes with it; Prometheus looks again only every five minutes if not told.
+    discovery = {"files": [f"{ray_folder.rstrip('/')}/{DISCOVERY}"], "refresh_interval": f"{SCRAPE_SECONDS}s"}
     tree = {
         "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"},
-        "scrape_configs": [
-            {"job_name": "ray", "file_sd_configs": [{"files": [f"{ray_folder.rstrip('/')}/{DISCOVERY}"]}]}
-        ],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [discovery]}],
     }
     return yaml.safe_dump(tree, sort_keys=False)
 

@@ -25,6 +25,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Environment that reaches a head node of its own; the node goes with the test."""
@@ -32,20 +37,23 @@ def cluster(tmp_path_factory):
     scratch = Path("/tmp") / f"plumbline-job-{os.getpid()}"
     scratch.mkdir()
     home = tmp_path_factory.mktemp("home")
-    dashboard = free_port()
+    dashboard, agent = free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "HOME": str(home)}
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
+    # On the loopback address alone, and beside whatever other cluster runs on this machine.
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    command += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={free_port()}"]
     command += [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={scratch}"]
     with (scratch / "head.log").open("w") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
+            # Jobs are taken by the dashboard and started by the agent.
+            if answers(dashboard) and answers(agent):
+                break
             assert head.poll() is None, (scratch / "head.log").read_text()
             assert time.monotonic() < deadline, (scratch / "head.log").read_text()
             time.sleep(0.5)

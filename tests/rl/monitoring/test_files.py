@@ -48,4 +48,6 @@ def test_the_documentation_has_the_table():
 def test_prometheus_reads_the_folder_it_is_given():
     tree = yaml.safe_load(dashboard.prometheus("/scratch/ray/"))
     (job,) = tree["scrape_configs"]
-    assert job["file_sd_configs"] == [{"files": ["/scratch/ray/prom_metrics_service_discovery.json"]}]
+    (discovery,) = job["file_sd_configs"]
+    assert discovery["files"] == ["/scratch/ray/prom_metrics_service_discovery.json"]
+    assert discovery["refresh_interval"] == "5s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,16 @@ CURVES: dict[str, tuple[str, str]] = {
     "grader/error": ("Grader", "gradings that failed (share)"),
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222", "#999999")
+# As much of a label as stands beside a figure in one line.
+LABEL_CHARACTERS = 28
 # Figures whose values are all zero say nothing; one sentence says it instead.
-QUIET_WHEN_ZERO = ("grader/timeout", "grader/error", "learner/clip_fraction_high", "learner/clip_fraction_low")
+QUIET_WHEN_ZERO = (
+    "rollout/truncated",
+    "grader/timeout",
+    "grader/error",
+    "learner/clip_fraction_high",
+    "learner/clip_fraction_low",
+)
 
 
 @dataclass
@@ -164,7 +173,7 @@ def curve_figure(curves: dict[str, list[dict[str, float]]], key: str, label: str
         points = [(row["step"], row[key]) for row in rows if key in row]
         mark = "o" if len(points) < 30 else None
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.5, color=colour, marker=mark, markersize=4)
-    label_axes(axes, "training step", label)
+    label_axes(axes, "training step", textwrap.fill(label, LABEL_CHARACTERS))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1:
         figure.legend(loc="outside upper center", ncols=min(len(curves), 2), fontsize=FONT - 1, frameon=False)

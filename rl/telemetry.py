@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from plumbline.rl.config import RunConfig
-from plumbline.rl.monitoring.publish import publish_step
+from plumbline.rl.monitoring.publish import StepPublisher
 from plumbline.rl.monitoring.timeline import export_timeline
 from plumbline.rl.trackers import finite, open_trackers
 
@@ -41,6 +41,7 @@ class Telemetry:
         self.trackers = open_trackers(
             config.tracking.trackers, config.tracking.project, label, folder, config.model_dump(mode="json")
         )
+        self.publisher = StepPublisher(label)
         self.console = console
         self.label = label
         self.step_began = time.time()
@@ -68,7 +69,7 @@ class Telemetry:
             self.board.add_scalar(name, value, step)
         for tracker in self.trackers:
             tracker.log(step, finite(metrics))
-        publish_step(self.label, row)
+        self.publisher.publish(row)
         figures = f"reward {metrics['reward/mean']:.3f}  correct {metrics['reward/correct']:.1%}  {metrics['rollout/tokens_per_second']:,.0f} tok/s"
         self.progress.update(self.task, completed=step, figures=figures)
         now = time.monotonic()
@@ -98,6 +99,7 @@ class Telemetry:
         self.progress.stop()
         self.file.close()
         self.board.close()
+        self.publisher.close()
         for tracker in self.trackers:
             tracker.close(failed=error is not None)
 

@@ -66,7 +66,14 @@ def dashboard() -> dict[str, Any]:
                     "h": HEIGHT,
                 },
                 "targets": targets,
-                "fieldConfig": {"defaults": {"unit": units.pop() if len(units) == 1 else "short"}, "overrides": []},
+                "fieldConfig": {
+                    # A histogram has no quantiles while nothing is observed: lines go on to the next point.
+                    "defaults": {
+                        "unit": units.pop() if len(units) == 1 else "short",
+                        "custom": {"spanNulls": True, "showPoints": "auto"},
+                    },
+                    "overrides": [],
+                },
                 "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -27,13 +28,40 @@ def instrument(name: str) -> Any:
     return kind(name, about, tag_keys=keys)
 
 
-def publish_step(run: str, row: Mapping[str, float]) -> None:
-    """Set the driver's gauges from one row of metrics.jsonl. Without Ray nobody listens and nothing happens."""
-    if not ray.is_initialized():
-        return
-    for metric in METRICS:
-        if metric.key in row:
-            instrument(metric.name).set(row[metric.key], tags={"run": run})
+class StepPublisher:
+    """Keeps the driver's gauges at the last row of metrics.jsonl.
+
+    Ray exports a gauge once each time it is set. A step may last many scrapes, so a thread sets them again and again
+    until `close`; without Ray nobody listens and nothing happens.
+
+    Args:
+        run: the label.
+        interval: seconds between two settings.
+    """
+
+    def __init__(self, run: str, interval: float = 5.0) -> None:
+        self.run = run
+        self.interval = interval
+        self.row: Mapping[str, float] = {}
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._repeat, name="step-publisher", daemon=True)
+        self.thread.start()
+
+    def publish(self, row: Mapping[str, float]) -> None:
+        self.row = row
+        if not ray.is_initialized():
+            return
+        for metric in METRICS:
+            if metric.key in row:
+                instrument(metric.name).set(row[metric.key], tags={"run": self.run})
+
+    def close(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _repeat(self) -> None:
+        while not self.ended.wait(self.interval):
+            self.publish(self.row)
 
 
 def publish_grading_queue(run: str, groups: int) -> None:

@@ -76,8 +76,11 @@ def run(policy_path, tmp_path_factory):
             tasks, _ = training_tasks(config, Codec(config.policy.path))
             train(config, roles, tasks, Console(quiet=True))
             deadline = time.monotonic() + SCRAPE_DEADLINE_SECONDS
+            seen = {}
             while True:
-                samples = scrape()
+                # Ray exports a gauge once after it is set, each process at its own time.
+                seen |= {(name, tuple(sorted(labels.items()))): value for name, labels, value in scrape()}
+                samples = [(name, dict(labels), value) for (name, labels), value in seen.items()]
                 if all(samples_of(metric, samples) for metric in EXPECTED) or time.monotonic() > deadline:
                     break
                 time.sleep(1)

@@ -20,6 +20,7 @@ _LAYOUT = re.compile(
     r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|textstyle|text|textbf|textit|mathrm|mathbf|mbox|operatorname|quad|qquad|[,;:! ()\[\]])"
 )
 _TOKEN = re.compile(r"[^\W_]+")
+_EXACT_TOKEN = re.compile(r"[^\W_]+|[-+*/=<>^!|]")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Match:
 
     Attributes:
         evaluation, training: sample ids.
-        kind: `same` (equal after normalisation) or `shared` (n-grams in common).
+        kind: `same` (equal after normalisation, operators included) or `shared` (n-grams in common).
         share: of the evaluation problem's n-grams that stand in that training problem; 1 for `same`.
         common: an n-gram both hold; "" for `same`.
     """
@@ -80,8 +81,12 @@ class Overlap:
 
 def normalise(text: str) -> list[str]:
     """Words and numbers in lower case; layout commands, punctuation and accents' encodings gone; \\dfrac is \\frac."""
-    plain = unicodedata.normalize("NFKC", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return _TOKEN.findall(_LAYOUT.sub(" ", plain).lower())
+    return _TOKEN.findall(_plain(text))
+
+
+def exact(text: str) -> list[str]:
+    """As `normalise`, with the operators left in: z^4 + z^2 and z^4 - z^2 are two problems."""
+    return _EXACT_TOKEN.findall(_plain(text))
 
 
 def find_overlap(
@@ -103,6 +108,7 @@ def find_overlap(
     wanted: dict[tuple[str, ...], list[int]] = {}
     grams: list[set[tuple[str, ...]]] = []
     texts = [tuple(normalise(problem.problem)) for problem in evaluation]
+    wholes = [exact(problem.problem) for problem in evaluation]
     for number, text in enumerate(texts):
         grams.append(_grams(text, words))
         for gram in grams[-1]:
@@ -116,8 +122,8 @@ def find_overlap(
                 count, first = hits.get(number, (0, gram))
                 hits[number] = (count + 1, min(first, gram))
         for number, (count, gram) in hits.items():
-            same = texts[number] == text
-            share = 1.0 if same else count / len(grams[number])
+            same = texts[number] == text and wholes[number] == exact(other.problem)
+            share = count / len(grams[number])
             known = best.get(number)
             if known is None or (same, share) > (known.kind == "same", known.share):
                 best[number] = Match(
@@ -125,6 +131,11 @@ def find_overlap(
                 )
     matches = sorted((best[number] for number in best), key=lambda m: (-(m.kind == "same"), -m.share, m.evaluation))
     return Overlap(source, words, len(evaluation), len(training), matches)
+
+
+def _plain(text: str) -> str:
+    plain = unicodedata.normalize("NFKC", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    return _LAYOUT.sub(" ", plain).lower()
 
 
 def _grams(text: tuple[str, ...], words: int) -> set[tuple[str, ...]]:

@@ -38,6 +38,13 @@ def test_other_numbers_are_another_problem():
     assert find_overlap(problems(TEXT), problems(other, prefix="t")).matches == []
 
 
+def test_another_sign_is_another_problem():
+    found = find_overlap(problems(TEXT), problems(TEXT.replace("+ 7", "- 7"), prefix="t"))
+    assert [(m.kind, m.share) for m in found.matches] == [("shared", 1.0)]
+    assert found.same == 0
+    assert found.mostly == 1
+
+
 def test_short_problems_match_only_their_copies():
     short, longer = "Compute $2+3$.", "Compute $2+3+4$ and then add the result to the number of your fingers."
     assert [

@@ -222,6 +222,7 @@ def evaluation_sections(runs: list[Run]) -> list[Section]:
 
 def accuracy_figure(runs: list[Run]) -> Figure:
     """avg@k of every run on every benchmark, with intervals."""
+    runs = [run for run in runs if run.evaluations]
     names = list(dict.fromkeys(name for run in runs for name in run.evaluations))
     figure, axes = new_figure(width=max(6.2, 1.1 * len(names)), height=3.6)
     width = 0.8 / len(runs)

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from plumbline.models.config import PolicyConfig
-from plumbline.models.load import load_policy, load_tokenizer, policy_folder, to_sparse
+from plumbline.models.load import load_policy, load_tokenizer, policy_folder
 from plumbline.models.policy import Policy
 
 # What load_tokenizer and generate read beside the tokenizer's own files.
@@ -47,14 +46,6 @@ def convert(
     policy = load_policy(checkpoint, attention=attention, nsa=nsa, dtype=dtype)
     save_folder(policy, checkpoint, target)
     return policy
-
-
-def to_sparse_policy(dense: Policy, nsa: dict[str, Any] | None = None) -> Policy:
-    """A policy in memory with NSA attention in place of full attention, as `convert` would write it."""
-    config = PolicyConfig(**{**dense.config.to_dict(), "attention": "nsa", "nsa": nsa})
-    sparse = Policy(config).to(dense.device, dense.dtype)  # type: ignore[arg-type]
-    sparse.load_state_dict(to_sparse(dict(dense.state_dict()), config))
-    return sparse.eval()
 
 
 def empty_target(out: str | Path) -> Path:

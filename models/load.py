@@ -53,7 +53,7 @@ def load_policy(
     config = policy_config(path, attention=attention, nsa=nsa)
     tensors = _read_tensors(folder)
     if config.attention == "nsa" and stored.attention == "full":
-        tensors = to_sparse(tensors, config)
+        tensors = _to_sparse(tensors, config)
     target = dtype or next(iter(tensors.values())).dtype
     with torch.device("meta"):
         policy = Policy(config)
@@ -242,23 +242,22 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def to_sparse(tensors: dict[str, Tensor], config: PolicyConfig) -> dict[str, Tensor]:
+def _to_sparse(tensors: dict[str, Tensor], config: PolicyConfig) -> dict[str, Tensor]:
     """Dense weights as NSA weights: three copies of keys and values, gates (0, 1, 0), phi the mean."""
     from plumbline.models.attention import SparseAttention, open_gate_bias
 
     fresh = SparseAttention(config)
     heads = config.num_attention_heads
-    device = next(iter(tensors.values())).device
     result = {}
     for name, tensor in tensors.items():
         result[name] = torch.cat([tensor] * 3) if ".k_proj." in name or ".v_proj." in name else tensor
     dtype = next(iter(tensors.values())).dtype
     for number in range(config.num_hidden_layers):
         prefix = f"model.layers.{number}.self_attn."
-        result[prefix + "gate_proj.weight"] = torch.zeros(heads * 3, config.hidden_size, dtype=dtype, device=device)
-        result[prefix + "gate_proj.bias"] = open_gate_bias(heads).to(device, dtype)
+        result[prefix + "gate_proj.weight"] = torch.zeros(heads * 3, config.hidden_size, dtype=dtype)
+        result[prefix + "gate_proj.bias"] = open_gate_bias(heads).to(dtype)
         for phi in ("phi_k_weight", "phi_k_position", "phi_v_weight", "phi_v_position"):
-            result[prefix + phi] = getattr(fresh, phi).detach().to(device, dtype)
+            result[prefix + phi] = getattr(fresh, phi).detach().to(dtype)
     return result
 
 

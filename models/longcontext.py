@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student
 from torch import Tensor
 
 from plumbline.models.policy import Policy
@@ -46,7 +47,7 @@ LOGIT_ROWS = 1024
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n independent parts with its 95% interval (Student's t is near 1.96 for the n in use)."""
+    """A mean over n independent parts with its 95% interval."""
 
     mean: float
     low: float
@@ -55,10 +56,10 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """values [n] float. With n = 1 the interval is unknown (NaN)."""
+        """values [n] float; Student's t. With n = 1 the interval is unknown (NaN)."""
         n = values.numel()
         mean = values.double().mean().item()
-        half = 1.96 * values.double().std().item() / math.sqrt(n) if n > 1 else math.nan
+        half = student.ppf(0.975, n - 1) * values.double().std().item() / math.sqrt(n) if n > 1 else math.nan
         return cls(mean, mean - half, mean + half, n)
 
     @classmethod

@@ -237,7 +237,7 @@ class Policy(PreTrainedModel, GenerationMixin):
         """transformers' caches hold one pair of keys and values a layer; ours is made below."""
         return False
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         *_: Any,

@@ -92,7 +92,10 @@ class Step:
     def __init__(self, starts: list[int], lengths: list[int], config: NSAConfig, device: torch.device) -> None:
         self.starts, self.lengths, self.config, self.device = starts, lengths, config, device
         self.counts = [last - first for first, last in pairwise(starts)]
-        rows, positions, block_rows, block_numbers = [], [], [], []
+        rows: list[int] = []
+        positions: list[int] = []
+        block_rows: list[int] = []
+        block_numbers: list[int] = []
         for row, (new, length) in enumerate(zip(self.counts, lengths, strict=True)):
             rows += [row] * new
             positions += range(length - new, length)

@@ -100,7 +100,7 @@ def adapt(
             )
 
         train(policy, rows, recipe, report)
-    save_folder(policy.to(stored), checkpoint, target)
+    save_folder(policy.to(stored), checkpoint, target)  # type: ignore[arg-type]
     (target / "adaptation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(
         f"{target}: {policy.config.attention} attention, {sum(int(r['tokens']) for r in records):,} tokens of training"

@@ -38,6 +38,11 @@ def is_repetitive(response: str) -> bool:
     return len(raw) >= REPETITIVE_LENGTH and len(raw) / len(zlib.compress(raw, 6)) > REPETITIVE_RATIO
 
 
+def dapo_overlong(verdict: Verdict, tokens: int, max_tokens: int, buffer: int) -> float:
+    """DAPO's reward: 1 if correct, else -1, plus the soft punishment of length."""
+    return (1.0 if verdict.correct else -1.0) + overlong_penalty(tokens, max_tokens, buffer)
+
+
 def overlong_penalty(tokens: int, max_tokens: int, buffer: int) -> float:
     """DAPO's soft punishment (arXiv 2503.14476, eq. 13): 0 up to max_tokens - buffer, then linear down to -1.
 

@@ -59,9 +59,16 @@ def run_trl_reward(
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{path!r} names no reward function (package.module:function): {error}") from None
-    rewards = function(prompts=list(prompts), completions=list(completions), **{k: list(v) for k, v in columns.items()})
+    return call_trl_reward(function, path, list(prompts), list(completions), {k: list(v) for k, v in columns.items()})
+
+
+def call_trl_reward(
+    function: Callable[..., Any], name: str, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
+) -> list[float]:
+    """Rewards of a function with TRL's signature, one a completion. Raises ValueError as run_trl_reward does."""
+    rewards = function(prompts=prompts, completions=completions, **columns)
     if len(rewards) != len(completions) or any(reward is None for reward in rewards):
         raise ValueError(
-            f"{path} must return a number for each of {len(completions)} completions; got {rewards!r:.200}"
+            f"{name} must return a number for each of {len(completions)} completions; got {rewards!r:.200}"
         )
     return [float(reward) for reward in rewards]

@@ -81,7 +81,7 @@ class RewardWorker:
 
         settings = config.reward
         self.grader = Grader(settings.processes_per_worker, settings.timeout_seconds, settings.memory_gib)
-        self.shaping = load_shaping(settings.shaping)
+        self.shaping = load_shaping(config)
         self.second = Grader(settings.processes_per_worker, settings.timeout_seconds, settings.memory_gib, second=True)
         # They come up while the policy loads, so that no answer waits for them.
         self.grader.start()

@@ -123,7 +123,18 @@ class RewardSection(Section):
     processes_per_worker: PositiveInt = Field(1, description="Killable grading processes of each actor.")
     timeout_seconds: float = Field(2.0, gt=0, description="Time limit of one answer; its verdict is then `timeout`.")
     memory_gib: float = Field(0.5, gt=0, description="Memory limit of a grading process.")
-    shaping: str = Field("binary", description="`binary`, `limr`, or an import path `package.module:function`.")
+    shaping: str = Field(
+        "binary",
+        description="`binary` (1 / 0), `limr` (1 / -0.5 / -1), `dapo_overlong` (1 / -1 and DAPO's soft punishment of length), or "
+        "an import path `package.module:function`, of (verdict, response, truncated) or with TRL's signature.",
+    )
+    overlong_buffer_tokens: PositiveInt | None = Field(
+        None,
+        description="dapo_overlong: the punishment grows over this many last tokens before max_new_tokens; None: a fifth of them.",
+    )
+    conversational: bool = Field(
+        False, description="Give a function with TRL's signature lists of messages; false: texts."
+    )
     checking: CheckingSection = Field(default_factory=CheckingSection)
 
 
@@ -254,6 +265,10 @@ class RunConfig(Section):
     def folder(self) -> Path:
         return Path(self.output or f"runs/{self.name}")
 
+    @property
+    def overlong_buffer_tokens(self) -> int:
+        return self.reward.overlong_buffer_tokens or max(1, self.rollout.max_new_tokens // 5)
+
     @field_validator("output")
     @classmethod
     def _not_blank(cls, value: str | None) -> str | None:
@@ -267,6 +282,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"learner.minibatches ({self.learner.minibatches}) must not exceed "
                 f"rollout.prompts_per_step ({self.rollout.prompts_per_step}): a group is never split"
+            )
+        if self.overlong_buffer_tokens > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must not exceed "
+                f"rollout.max_new_tokens ({self.rollout.max_new_tokens})"
             )
         return self
 

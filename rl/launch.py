@@ -20,7 +20,7 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     tasks, report = training_tasks(config, codec)
     for line in report.lines():
         console.print(line, highlight=False)
-    load_shaping(config.reward.shaping)
+    load_shaping(config)
     check_trackers(config.tracking.trackers)
     plan = make_plan(config)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
@@ -53,7 +53,7 @@ def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False
     evaluation_tasks(config, codec)
     for line in report.lines():
         console.print(line, highlight=False)
-    load_shaping(config.reward.shaping)
+    load_shaping(config)
     check_trackers(config.tracking.trackers)
     plan = make_plan(config, training_runs=TRAINING_RUNS_OF_A_PIPELINE)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)

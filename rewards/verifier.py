@@ -57,6 +57,8 @@ def check_gold(gold: str) -> str | None:
     text = unbox(gold).strip()
     if not text.strip("$ .\\,;"):
         return "it is empty"
+    if (len(text) - len(text.rstrip("\\"))) % 2:
+        return "it ends in a lone backslash"
     if "{" not in text and "}" not in text:
         return None
     depth, before = 0, " "

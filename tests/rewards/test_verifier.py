@@ -55,6 +55,8 @@ def test_check_gold():
     assert check_gold("\\frac{1}{2}") is None
     assert "empty" in check_gold(" ")
     assert "braces" in check_gold("\\frac{1}{2")
+    assert "backslash" in check_gold("r\\")
+    assert check_gold("r\\\\") is None
 
 
 PIECES = ["\\frac", "{", "}", "1", "22", "x", "^", "_", "\\sqrt", "(", ")", "[", "]", ",", "\\boxed{", "+", "-", "*", "/", "!", "\\pm", "=", "<", "\\le",

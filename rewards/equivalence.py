@@ -99,6 +99,8 @@ class Comparison(Values):
             return self.relations(a, g)
         if isinstance(a, Many) and isinstance(g, Many):
             as_sets = self.sets(a, g)
+            if {a.joined, g.joined} == {"and", "or"} and set_like(a) and set_like(g):
+                return as_sets
             return self.unordered(a.items, g.items) if as_sets is not True else True
         if isinstance(a, Many) and a.joined == "or" and isinstance(g, Expr):
             return all_of(self.answers(item, g) for item in a.items)  # 3/2 or 1.5

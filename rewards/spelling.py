@@ -41,6 +41,8 @@ _CELSIUS = re.compile(
 _GREEK_UNIT = re.compile(
     rf"(?<=[0-9])((?:\s|\\[,;: ])*)(?:\\(Omega)|\\mu\s?(?:{_TEXT}\s?\{{\s?([msg])\s?\}}|([msg])))\s*$"
 )
+_ODDS = re.compile(rf"^([0-9]+)\s?(?:{_TEXT}\s?\{{\s?to\s?\}}| to )\s?([0-9]+)$")
+_NPK = re.compile(r"^(?:\{\})?[_^]\s?\{?([0-9]+)\}?\s?P\s?_\s?\{?([0-9]+)\}?$")
 _TIMES_TEN = re.compile(r"(?<=[0-9]) ?x ?(?=10\s?\^)")
 _MINUTES = re.compile(
     r"([0-9]+)\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ)\s?([0-9]+)\s?(?:'|\^\{?\\prime\}?)(?:\s?([0-9]+)\s?(?:''|\"|\^\{?\\prime\\prime\}?))?$"
@@ -71,10 +73,14 @@ def respell(text: str) -> str:
         text = _ORDINAL.sub("", text)
     if "C" in text:
         text = _NCK.sub(_binomial, text)
+    if " to " in text:
+        text = _ODDS.sub(r"\1:\2", text)
     if "10" in text and "x" in text:
         text = _TIMES_TEN.sub("\\\\times ", text)
     if "{.}" in text:
         text = text.replace("{.}", ".")
+    if "P" in text:
+        text = _NPK.sub(r"\\frac{\1!}{(\1-\2)!}", text)
     if "and" in text or "or" in text:
         text = _joiners(text)
     if "'" in text or '"' in text or "prime" in text:

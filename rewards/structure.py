@@ -35,7 +35,7 @@ from plumbline.rewards.latex import Token, Unreadable, tidy, tokenize
 from plumbline.rewards.parser import parse
 from plumbline.rewards.quantity import read_quantity
 from plumbline.rewards.spelling import respell
-from plumbline.rewards.wording import WHOLE_TEXT, is_spelled, name_of, read_words, words_of
+from plumbline.rewards.wording import WHOLE_TEXT, base_numeral, is_spelled, name_of, read_words, words_of
 
 MAX_NESTING = 12
 MAX_VARIANTS = 16
@@ -221,6 +221,10 @@ class _Reader:
     def unrelated(self, tokens: list[Token], depth: list[int]) -> Answer:
         if not tokens:
             raise Unreadable("empty")
+        if tokens[0].kind == "n" and len(tokens) in (3, 5) and tokens[1].value == "_":
+            base = base_numeral("".join(t.value for t in tokens))
+            if base is not None:
+                return base
         joined = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\cup" and t.kind == "c"]
         met = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\cap" and t.kind == "c"]
         minus = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == "\\setminus" and t.kind == "c"]
@@ -306,11 +310,10 @@ class _Reader:
         branches = []
         for value, condition in rows:
             words = "".join(t.value for t in condition).strip().lower()
-            when = (
-                Words("otherwise")
-                if words in ("otherwise", "else")
-                else _Reader("", self.depth + 1).from_tokens(condition)
-            )
+            if words in ("otherwise", "else") or any(t.kind == "t" for t in condition):
+                when: Answer = Words(re.sub(r"\s+", "", words))
+            else:
+                when = _Reader("", self.depth + 1).from_tokens(condition)
             branches.append(Ordered("case", "case", (_Reader("", self.depth + 1).from_tokens(value), when)))
         return Many(tuple(branches), braced=True)
 

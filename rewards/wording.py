@@ -17,7 +17,7 @@ _CLOCK = re.compile(
 _CHOICE = re.compile(r"^\(?([A-J])\s*[).:](?!\s*(?:and|or)\b)\s*(.*)$", re.DOTALL)
 _LETTER = re.compile(r"^\(?([A-Z])\)?$")
 _BASE = re.compile(
-    r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_[{(]?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)[)}]?$"
+    r"^(-?\(?[0-9A-Fa-f][0-9A-Fa-f ]*(?:\.[0-9A-Fa-f]+)?)\)?_[{(]?(?:base ?)?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)[)}]?$"
     r"|^(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?) \(?(?:in )?base[ -]([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen)\)?$"
 )
 _NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"])} | {w: 10 * n for n, w in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}  # fmt: skip
@@ -158,7 +158,7 @@ def read_words(text: str, read: Callable[[str], Answer]) -> Answer | None:
         if clock:
             return read_clock(clock, plain)
     if "_" in text or "base" in text:
-        base = _base_numeral(text)
+        base = base_numeral(text)
         if base is not None:
             return base
     if plain[-1:].isalpha() and plain[:1].isdigit():
@@ -188,7 +188,8 @@ def _after_choice(text: str) -> str:
     return re.sub(r"^\(?[A-J]\s*[).:]\s*", "", text).strip()
 
 
-def _base_numeral(text: str) -> Base | None:
+def base_numeral(text: str) -> Base | None:
+    """A numeral with its base: 52_8, 52_{\\text{eight}}, 52 base 8."""
     if len(text) > 400:
         return None
     cased = SPACES.sub(" ", _UNWRAP.sub("", text.replace("{,}", ""))).replace("{", "").replace("}", "").strip()

@@ -16,7 +16,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{border:1px solid #ccc;padding:.25em .7em;text-align:left;vertical-align:top}"
     "td,h3,li{overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.6em;max-height:14em;overflow:auto}"
     ".ok{color:#17702d}.warn{color:#946200}.stop{color:#b00020}.verdict{font-size:1.3em}h3{font-size:1em;margin:1.2em 0 .3em}"
-    "svg{width:100%;max-width:44em;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:#555}"
+    "svg{width:100%;max-width:44em;height:auto;display:block}svg text{font:14px system-ui,sans-serif;fill:#555}"
     "@media(max-width:30em){body{margin:1em auto;font-size:14px}td,th{padding:.2em .4em}}"
 )
 _VERDICT = {
@@ -151,9 +151,6 @@ def render(checker: RewardChecker, title: str) -> str:
             _table(["sample", "gold", "completions say", "votes"], table[:50]),
             _more(table),
         ]
-    if checker.quarantined:
-        table = [[k, v] for k, v in sorted(checker.quarantined.items())]
-        parts += [f"<h2>Quarantined: {len(table)}</h2>", _table(["sample", "why"], table[:50]), _more(table)]
     if checker.cases:
         parts.append("<h2>Texts that caused it</h2>")
         shown: dict[str, int] = {}
@@ -165,6 +162,13 @@ def render(checker: RewardChecker, title: str) -> str:
                 )
                 head = f"{what}: step {case.step}, sample {case.sample_id}, answer {case.answer!r}, gold {case.gold!r}, reward {case.reward:g}"
                 parts.append(f"<h3>{html.escape(head)}</h3><pre>{html.escape(case.response)}</pre>")
+    if checker.quarantined:
+        parts.append(f"<h2>Quarantined: {len(checker.quarantined)}</h2><p>Listed in quarantine.txt.</p><ul>")
+        for why in sorted(set(checker.quarantined.values())):
+            samples = sorted(sample for sample, reason in checker.quarantined.items() if reason == why)
+            named = ", ".join(samples[:20]) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+            parts.append(f"<li>{html.escape(f'{why} ({len(samples)}): {named}')}</li>")
+        parts.append("</ul>")
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>" + "".join(parts)

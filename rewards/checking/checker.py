@@ -20,6 +20,8 @@ Decision = Literal["ok", "warn", "stop"]
 DECISIONS: tuple[Decision, ...] = ("ok", "warn", "stop")
 GRADER_FAULTS = ("error", "timeout", "bad_gold")
 RULES = ("suspected_gold", "grading_faults", "disputed")
+# Share of a sample's answers that must agree against its gold.
+SUSPECT_MAJORITY = 0.6
 # Different wrong answers of one sample that are remembered; an agreeing policy gives its own at once.
 MAX_ANSWERS = 32
 
@@ -40,7 +42,7 @@ class Thresholds:
         warn_faults, stop_faults: errors, timeouts and unreadable golds, of all.
         warn_detector: hits of any one detector among all completions.
         minimum: completions re-graded before a share of them counts.
-        suspect_gold: answers of one sample, all the same, that the gold calls wrong, before the gold is suspected.
+        suspect_gold: like answers of one sample, most of all it got, that the gold calls wrong, before the gold is suspected.
         credit: a reward of at least this says that the answer is right, whatever the verdict was; None looks at the verdict
             alone (for rewards that are no measure of correctness).
     """
@@ -246,7 +248,7 @@ class RewardChecker:
         if length_drift(series.get("length", [])):
             warn.append("the mean length has more than doubled or halved")
         if suspects := self.suspected_golds():
-            warn.append(f"{len(suspects)} golds look wrong: all completions agree on another answer")
+            warn.append(f"{len(suspects)} golds look wrong: most completions agree on another answer")
         return ("stop" if stop else "warn" if warn else "ok"), stop + warn
 
     def _judge(self, total: Counter[str], when: str) -> tuple[list[str], list[str]]:
@@ -273,13 +275,18 @@ class RewardChecker:
         return stop, warn
 
     def suspected_golds(self) -> dict[str, tuple[str, str, int]]:
-        """sample id -> (gold, the answer that completions agree on instead, how many of them)."""
+        """sample id -> (gold, the answer that most completions agree on instead, how many of them).
+
+        The gold need not be without any hit: guesses meet a wrong gold now and then.
+        """
         out = {}
         for sample, answers in self.wrong_answers.items():
-            if self.rewarded[sample]:
-                continue
             answer, votes = answers.most_common(1)[0]
-            if votes >= self.thresholds.suspect_gold and votes >= 0.75 * sum(answers.values()):
+            hits = self.rewarded[sample]
+            enough = votes >= self.thresholds.suspect_gold and votes >= SUSPECT_MAJORITY * (
+                hits + sum(answers.values())
+            )
+            if enough and votes >= 4 * hits:
                 out[sample] = (self.golds[sample], answer, votes)
         return out
 

@@ -69,6 +69,23 @@ def test_wrong_golds_are_found_and_quarantined(checker):
     assert report.decision == "warn"
 
 
+def test_guesses_that_meet_a_wrong_gold_do_not_hide_it(checker):
+    def row(sample, answer, gold):
+        correct = answer == gold
+        return {"step": 1, "sample_id": sample, "rollout": 0, "prompt": "1+2?", "response": f"{WORK}\\boxed{{{answer}}}", "gold": gold,
+                "reward": float(correct), "correct": correct, "reason": "correct" if correct else "wrong", "tokens": 30}  # fmt: skip
+
+    answers = {
+        "wrong gold": ["3"] * 24 + ["4"] * 3 + ["8", "5", "9", "1", "2"],
+        "hard": ["3"] * 9 + ["4"] * 3 + [str(n) for n in range(10, 30)],
+        "two answers": ["3"] * 16 + ["4"] * 16,
+        "easy": ["4"] * 30 + ["3"] * 2,
+        "seen once": ["3"] * 3,
+    }
+    checker.check(1, [row(sample, answer, "4") for sample, found in answers.items() for answer in found])
+    assert checker.suspected_golds() == {"wrong gold": ("4", "3", 24)}
+
+
 def test_faults_of_grading_count(checker):
     bad = [{**row, "reason": "timeout", "correct": False} for row in rows(1)]
     report = checker.check(1, bad)

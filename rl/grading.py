@@ -77,7 +77,7 @@ def _trl(function: Callable[..., Any], name: str, conversational: bool) -> Shapi
         if conversational:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
             completions = [[{"role": "assistant", "content": text}] for text in completions]
-        columns = {
+        columns: dict[str, list[Any]] = {
             "completion_ids": [completion.token_ids for completion in group.completions],
             "problem": [group.prompt.text] * n,
             "answer": [group.prompt.gold] * n,
@@ -86,6 +86,9 @@ def _trl(function: Callable[..., Any], name: str, conversational: bool) -> Shapi
         return call_trl_reward(function, name, prompts, completions, columns)
 
     return rewards
+
+
+binary: Shaping = _each(shaping.binary)
 
 
 def grade_group(group: Group, grader: Grader, shape: Shaping) -> Group:

@@ -15,7 +15,7 @@ from plumbline.errors import InputError
 from plumbline.rewards.workers import Grader
 from plumbline.rl.batch import Group, Prompt, Sampling
 from plumbline.rl.evaluation.run import ServedCompletion
-from plumbline.rl.grading import NAMED, grade_group
+from plumbline.rl.grading import binary, grade_group
 from plumbline.rl.rollout.sampler import sequence_key
 
 # Worth asking again: too many requests, and faults of the server or of what stands before it.
@@ -104,7 +104,7 @@ class Endpoint:
                     answers[number] = future.result()
                     if len(answers) == completions:
                         group = Group(prompt, [answers[i] for i in range(completions)], policy_version=0)
-                        yield grade_group(group, self.grader, NAMED["binary"])
+                        yield grade_group(group, self.grader, binary)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

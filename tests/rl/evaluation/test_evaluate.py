@@ -17,7 +17,7 @@ from plumbline.rl.evaluation.manifest import read_manifest
 from plumbline.rl.evaluation.presets import PRESETS, Settings, choose
 from plumbline.rl.evaluation.request import Request, benchmark_name, resolve
 from plumbline.rl.evaluation.run import read_rows
-from plumbline.rl.grading import NAMED, grade_group
+from plumbline.rl.grading import binary, grade_group
 from plumbline.rl.rollout.native import NativeEngine
 from plumbline.rl.tasks import TaskSet
 from plumbline.rl.text import Codec
@@ -46,7 +46,7 @@ class Local:
                 raise Killed
             if self.die_after is not None:
                 self.die_after -= 1
-            yield grade_group(group, self.grader, NAMED["binary"])
+            yield grade_group(group, self.grader, binary)
 
 
 @pytest.fixture(scope="module")

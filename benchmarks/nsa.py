@@ -15,6 +15,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -36,18 +37,16 @@ CONFIG = NSAConfig()
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median time on the device."""
+    """Median time on the device, the host staying ahead of it."""
     run()
     run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
         run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairwise(marks))
 
 
 def rates() -> tuple[float, float]:
@@ -137,6 +136,7 @@ def measure(shape: str, tokens: int, flops: float, copied: float, dense: bool) -
     row["nsa_both"] = milliseconds(lambda: case.both(case.nsa))
     row["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
     floor_forward, floor_both = case.floor(flops, copied)
+    row["floor_forward"], row["floor_both"] = floor_forward, floor_both
     row["floor_share_forward"] = floor_forward / row["nsa_forward"]
     row["floor_share_both"] = floor_both / row["nsa_both"]
     backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION} if dense else {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plumbline.kernels.nsa import reference
 from plumbline.kernels.nsa.backend import Backend, use_triton
+from plumbline.kernels.nsa.cache import DecodePlan, NSACache
 from plumbline.kernels.nsa.config import (
     NSAConfig,
     PhiKind,
@@ -24,7 +25,7 @@ from plumbline.kernels.nsa.config import (
     check_packed,
     check_total,
 )
-from plumbline.kernels.nsa.decode import DecodePlan, NSACache, decode_step
+from plumbline.kernels.nsa.decode import decode_step
 from plumbline.kernels.nsa.layout import Layout
 
 __all__ = [

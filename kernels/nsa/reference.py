@@ -29,12 +29,12 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def phi(windows: Tensor, weight: Tensor, position: Tensor, kind: PhiKind) -> Tensor:
-    """The compression map. windows [..., H, l, D] -> [..., H, D]; weight and position as in PhiParams."""
-    x = windows + position
+def phi(windows: Tensor, weight: Tensor, position: Tensor | None, kind: PhiKind) -> Tensor:
+    """The compression map. windows [..., H, l, D] -> [..., H, D]; weight and position as in PhiParams (None: none)."""
+    x = windows if position is None else windows + position
     if kind == "mean":
         return torch.einsum("...hld,hl->...hd", x, weight)
-    block = position.shape[1]
+    block = windows.shape[-2]
     flat = x.flatten(-2).movedim(-2, 0)  # [H, ..., l D]
     shape = flat.shape[:-1]
     flat = flat.reshape(shape[0], -1, flat.shape[-1])
@@ -44,7 +44,9 @@ def phi(windows: Tensor, weight: Tensor, position: Tensor, kind: PhiKind) -> Ten
     return hidden.reshape(*shape, -1).movedim(0, -2)
 
 
-def compress_padded(x: Tensor, weight: Tensor, position: Tensor, block: int, stride: int, kind: PhiKind) -> Tensor:
+def compress_padded(
+    x: Tensor, weight: Tensor, position: Tensor | None, block: int, stride: int, kind: PhiKind
+) -> Tensor:
     """[B, H, L, D] -> [B, H, N, D] with N blocks of the longest sequence; blocks past a sequence's end are garbage."""
     if x.shape[2] < block:
         return x.new_zeros(x.shape[0], x.shape[1], 0, weight.shape[-1] if kind != "mean" else x.shape[3])

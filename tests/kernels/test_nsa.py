@@ -161,8 +161,7 @@ def test_triton_chunks_of_pairs_change_nothing(definition, monkeypatch):
     grads = [leaf.grad.clone() for leaf in definition.leaves(x)]
     for leaf in definition.leaves(x):
         leaf.grad = None
-    for name in ("PAIR_BYTES_FORWARD", "PAIR_BYTES_BACKWARD"):
-        monkeypatch.setattr(launch, name, 1)
+    monkeypatch.setattr(launch, "PAIR_BYTES", 1)
     monkeypatch.setattr(scores, "CHUNK_BYTES", 1)
     again = run(x, SMALL, "triton")
     again.sum().backward()
@@ -245,3 +244,31 @@ def test_triton_tiles_through_descriptors(definition, monkeypatch):
     check(definition, ([45, 0, 21], 4, 2, 16, 12, SMALL), "triton", 1e-5, seed=11)
     assert used
     assert all(used)
+
+
+@pytest.mark.parametrize("levels", [3, 60, 10**6])
+@pytest.mark.parametrize("sizes", [(16, 1, 2), (4, 0, 1), (3, 1, 2), (30, 2, 0)])
+def test_triton_choice_among_many_blocks(levels, sizes):
+    """Ties of all sizes, few and many blocks, over enough blocks for the narrow ranking."""
+    import triton
+
+    from plumbline.kernels.nsa.reference import choose as expected
+    from plumbline.kernels.nsa.triton_backend.scores import choose
+
+    count, initial, local = sizes
+    generator = torch.Generator().manual_seed(levels + count)
+    width, queries = 512, 8
+    spans = [(0, 8), (1030, 1038), (2040, 2047)]
+    tiles = torch.tensor([[0, 2048, first, end, 0, 0] for first, end in spans]).int()
+    scores = torch.randint(levels, (3, queries, 1, width), generator=generator).float()
+    scores[2, 3] = 0
+    out = torch.full((2048, 1, count), -2, dtype=torch.int32)
+    choose[(3 * queries, 1)](
+        scores[None].clone(), out, tiles, 1, 0, width, QUERIES=queries, WIDTH=width, SPILL=0, S=4, COUNT=count,
+        COUNT2=triton.next_power_of_2(count), INITIAL=initial, LOCAL=local, num_warps=1,
+    )  # fmt: skip
+    for tile, (first, end) in enumerate(spans):
+        t = torch.arange(first, end)
+        wanted = expected(scores[tile, : end - first, 0], t, 4, count, initial, local)
+        assert torch.equal(out[first:end, 0], wanted), tile
+    assert (out[[8, 1029, 1038, 2039, 2047]] == -2).all()

@@ -111,36 +111,16 @@ def attend(q, acc, m, denominator, k, v, scale, low, high, columns, MASKED: tl.c
 
 
 @triton.jit
-def forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale,
-    q_t, q_h, k_t, k_h, v_t, v_h, heads,
-    GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
+def forward_section(
+    q, acc, m, denominator, k_ptr, v_ptr, t, first, last, key_start, keys, kv_head, scale, k_t, k_h, v_t, v_h,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """out [T, Hq, Dv] and lse [T, Hq] (log 2) of one tile; INIT: tokens of the initial blocks (FORCED)."""
-    QUERIES: tl.constexpr = ROWS // GROUP
-    tile = tiles_ptr + tl.program_id(0) * 6
-    kv_head = tl.program_id(1)
-    start, length, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    if KIND == 0:
-        key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
-    else:
-        key_start, keys = start, length
-    r = tl.arange(0, ROWS)
-    t = first + r // GROUP
-    ok = (r // GROUP < QUERIES) & (t < end)
-    head = kv_head * GROUP + r % GROUP
-    row = (start + t).to(tl.int64)
-    q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
+    """The running softmax (acc, m, denominator) of a tile of queries over all keys that they see by KIND."""
     low, high = key_range(t, KIND, A, B)
-    last = end - 1
     low_first, high_first = key_range(first, KIND, A, B)
     low_last, high_last = key_range(last, KIND, A, B)
-
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    denominator = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BV], tl.float32)
     c = tl.arange(0, KEYS)
     if KIND == 2:
         edge = tl.minimum(tl.minimum(low, INIT), high)
@@ -164,7 +144,39 @@ def forward(
         k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
         v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
         acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, True, PREC)
+    return acc, m, denominator
 
+
+@triton.jit
+def forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale,
+    q_t, q_h, k_t, k_h, v_t, v_h, heads,
+    GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """out [T, Hq, Dv] and lse [T, Hq] (log 2) of one tile; INIT: tokens of the initial blocks (FORCED)."""
+    QUERIES: tl.constexpr = ROWS // GROUP
+    tile = tiles_ptr + tl.program_id(0) * 6
+    kv_head = tl.program_id(1)
+    start, length, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    if KIND == 0:
+        key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
+    else:
+        key_start, keys = start, length
+    r = tl.arange(0, ROWS)
+    t = first + r // GROUP
+    ok = (r // GROUP < QUERIES) & (t < end)
+    head = kv_head * GROUP + r % GROUP
+    row = (start + t).to(tl.int64)
+    q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    denominator = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BV], tl.float32)
+    acc, m, denominator = forward_section(
+        q, acc, m, denominator, k_ptr, v_ptr, t, first, end - 1, key_start, keys, kv_head, scale, k_t, k_h, v_t, v_h,
+        KIND, A, B, INIT, DK, DV, BK, BV, KEYS, PREC, TMA,
+    )  # fmt: skip
     acc = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
     store_rows(out_ptr, (row * heads + head) * DV, ok, acc, DV, BV)
     tl.store(lse_ptr + row * heads + head, m + tl.log2(denominator), mask=ok)
@@ -276,12 +288,15 @@ def backward_queries(
         list_at = (row * kv_heads + kv_head) * COUNT
         pair_at = ((row - pairs_first) * kv_heads + kv_head) * COUNT
         own = t // S
+        # Summed apart: an accumulator of dots would have every part change its layout through shared memory.
+        parts = tl.zeros([ROWS, BK], tl.float32)
         for slot in range(COUNT):
             j = tl.load(indices_ptr + list_at + slot, mask=ok, other=-1)
             use = ok & (j >= 0) & (j <= own)
             if SKIP:
                 use = use & (j >= INITIAL_BLOCKS) & (j <= own - LOCAL)
-            dq += load_rows(pairs_ptr, ((pair_at + slot) * GROUP + r % GROUP) * DK, use, DK, BK).to(tl.float32)
+            parts += load_rows(pairs_ptr, ((pair_at + slot) * GROUP + r % GROUP) * DK, use, DK, BK).to(tl.float32)
+        dq += parts
     store_rows(dq_ptr, flat * DK, ok, dq * natural_scale, DK, BK)
 
 

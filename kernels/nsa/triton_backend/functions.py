@@ -11,14 +11,14 @@ from plumbline.kernels.nsa.config import NSAConfig, PhiParams
 from plumbline.kernels.nsa.layout import Layout
 from plumbline.kernels.nsa.triton_backend import mix
 from plumbline.kernels.nsa.triton_backend.common import LN2, LOG2E, pad_dim, rows_contiguous
-from plumbline.kernels.nsa.triton_backend.compress import compress
+from plumbline.kernels.nsa.triton_backend.compress import Phi
+from plumbline.kernels.nsa.triton_backend.forward import selected_forward
 from plumbline.kernels.nsa.triton_backend.launch import (
     Branch,
     Range,
     Selection,
     backward,
     dense_forward,
-    selected_forward,
 )
 from plumbline.kernels.nsa.triton_backend.scores import select_blocks
 
@@ -61,40 +61,43 @@ class SelectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: Layout, selection: Selection, scale: float) -> Tensor:
         q, k, v = map(rows_contiguous, (q, k, v))
-        out, lse, _ = selected_forward(q, k, v, layout, selection, scale, None)
+        listed = selection.listed(layout, pair_bytes(q, k, v))
+        out, lse, _ = selected_forward(q, k, v, layout, selection, scale, listed, None)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = layout, selection, scale
+        ctx.rest = layout, selection, scale, listed
         return out
 
     @staticmethod
     def backward(ctx, do: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
-        layout, selection, scale = ctx.rest
+        layout, selection, scale, listed = ctx.rest
         do = do.contiguous()
-        dq, grads = backward(q, do, layout, scale, None, (_branch(do, out, k, v, lse), selection), None)
+        dq, grads = backward(q, do, layout, scale, None, (_branch(do, out, k, v, lse), selection), None, listed)
         dk, dv = grads["slc"]
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 class FusedAttention(torch.autograd.Function):
-    """The gated sum of the three branches, given compressed keys and values. Also returns the blocks used.
+    """Everything: compression, the three branches, their gated sum. Also returns the blocks used.
 
-    silent: a parameter that the result does not depend on, given a gradient of zeros.
+    Compression is part of it so that the compressed keys' and values' gradients reach phi in float32.
     """
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
-        gates: Tensor,
-        silent: Tensor | None, layout: Layout, config: NSAConfig, scale: float, block_indices: Tensor | None,
+        ctx, q: Tensor, k_raw: Tensor, v_raw: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
+        gates: Tensor, k_weight: Tensor, k_position: Tensor, v_weight: Tensor, v_position: Tensor,
+        layout: Layout, config: NSAConfig, scale: float, block_indices: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = map(
-            rows_contiguous, (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+        q, k_raw, v_raw, k_slc, v_slc, k_win, v_win = map(
+            rows_contiguous, (q, k_raw, v_raw, k_slc, v_slc, k_win, v_win)
         )
         gates = gates.contiguous()
-        has_cmp = k_cmp.shape[0] > 0
+        phi = Phi(layout, config.block, config.stride, config.phi)
+        k_cmp = phi.forward(k_raw, k_weight, _position(k_position, config))
+        v_cmp = phi.forward(v_raw, v_weight, v_position)
         o_cmp = lse_cmp = None
-        if has_cmp:
+        if k_cmp.shape[0] > 0:
             o_cmp, lse_cmp = dense_forward(
                 q, k_cmp, v_cmp, layout, Range.compressed(config.block, config.stride), scale
             )
@@ -109,59 +112,62 @@ class FusedAttention(torch.autograd.Function):
                 else select_blocks(q, k_cmp, lse, layout, config, scale)
             )
             selection = Selection(None if everything else indices, config.select_block, None if everything else config)
+        listed = selection.listed(layout, pair_bytes(q, k_slc, v_slc))
         o_win, lse_win = dense_forward(q, k_win, v_win, layout, Range.window(config.window), scale)
-        o_slc, lse_slc, out = selected_forward(q, k_slc, v_slc, layout, selection, scale, (gates, o_cmp, o_win))
+        o_slc, lse_slc, out = selected_forward(q, k_slc, v_slc, layout, selection, scale, listed, (gates, o_cmp, o_win))
         ctx.save_for_backward(
-            q,
-            k_cmp,
-            v_cmp,
-            k_slc,
-            v_slc,
-            k_win,
-            v_win,
-            gates,
-            o_cmp,
-            o_slc,
-            o_win,
-            lse_cmp,
-            lse_slc,
-            lse_win,
-            selection.indices,
-        )
-        ctx.rest = layout, config, scale, replace(selection, indices=None)
+            q, k_raw, v_raw, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, k_weight, k_position, v_weight,
+            v_position, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, selection.indices,
+        )  # fmt: skip
+        ctx.rest = phi, config, scale, replace(selection, indices=None), listed
         ctx.mark_non_differentiable(indices)
-        ctx.silent = silent
         return out, indices
 
     @staticmethod
     def backward(ctx, do: Tensor, _: Tensor):
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, indices = (
-            ctx.saved_tensors
-        )
-        layout, config, scale, selection = ctx.rest
+        (
+            q, k_raw, v_raw, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, k_weight, k_position, v_weight,
+            v_position, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, indices,
+        ) = ctx.saved_tensors  # fmt: skip
+        phi, config, scale, selection, listed = ctx.rest
         do = do.contiguous()
         rows = q.shape[0] * q.shape[1]
         shift = torch.empty(3, *q.shape[:2], dtype=torch.float32, device=q.device)
         dot, d_gates = torch.empty_like(shift), torch.empty_like(gates)
         has_cmp = o_cmp is not None
-        dv = o_win.shape[2]
+        dim = o_win.shape[2]
         mix.gate_gradients[(-(-rows // 16),)](
             do, o_cmp if has_cmp else o_win, o_slc, o_win, lse_cmp if has_cmp else lse_win, lse_slc, lse_win, gates,
             d_gates, shift, dot,
-            rows, HAS_CMP=has_cmp, DV=dv, BV=pad_dim(dv), ROWS=16, num_warps=4,
+            rows, HAS_CMP=has_cmp, DV=dim, BV=pad_dim(dim), ROWS=16, num_warps=4,
         )  # fmt: skip
+        reach = Range.compressed(config.block, config.stride)
         dq, grads = backward(
-            q, do, layout, scale,
-            (Branch(k_cmp, v_cmp, shift[0], dot[0]), Range.compressed(config.block,
-            config.stride)) if has_cmp else None,
+            q, do, phi.layout, scale,
+            (Branch(k_cmp, v_cmp, shift[0], dot[0]), reach) if has_cmp else None,
             (Branch(k_slc, v_slc, shift[1], dot[1]), replace(selection, indices=indices)),
             (Branch(k_win, v_win, shift[2], dot[2]), Range.window(config.window)),
+            listed,
         )  # fmt: skip
-        pairs = [grads.get(name, (None, None)) for name in ("cmp", "slc", "win")]
-        flat = [
-            None if g is None else g.to(x.dtype) for pair in pairs for g, x in zip(pair, (k_slc, v_slc), strict=True)
-        ]
-        return dq, *flat, d_gates, None if ctx.silent is None else torch.zeros_like(ctx.silent), None, None, None, None
+        flat = [g.to(q.dtype) for name in ("slc", "win") for g in grads[name]]
+        if not has_cmp:
+            return dq, None, None, *flat, d_gates, *[None] * 8
+        dk, dk_weight, dk_position = phi.backward(k_raw, k_weight, _position(k_position, config), grads["cmp"][0])
+        dv, dv_weight, dv_position = phi.backward(v_raw, v_weight, v_position, grads["cmp"][1])
+        if dk_position is None:
+            dk_position = torch.zeros_like(k_position)
+        return dq, dk, dv, *flat, d_gates, dk_weight, dk_position, dv_weight, dv_position, *[None] * 4
+
+
+def _position(k_position: Tensor, config: NSAConfig) -> Tensor | None:
+    """Unless phi is an mlp, k_position adds the same vector to every compressed key, which no softmax sees. Left out,
+    it costs no precision; its gradient is zero."""
+    return k_position if config.phi == "mlp" else None
+
+
+def pair_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Bytes of a pair's part: the group's rows of output, or of query gradient."""
+    return q.shape[1] // k.shape[1] * max(k.shape[2], v.shape[2]) * q.element_size()
 
 
 def first_blocks(layout: Layout, kv_heads: int, config: NSAConfig) -> Tensor:
@@ -209,10 +215,4 @@ def native_sparse_attention(
     block_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, Dv], blocks used [T, Hkv, count])."""
-    # Where phi is linear, k_position adds the same vector to every compressed key, which no softmax sees. Left out, it
-    # costs no precision; its gradient is zero.
-    silent = params.k_position if config.phi != "mlp" else None
-    k_position = None if silent is not None else params.k_position
-    k_cmp, _ = compress(kv_cmp[0], params.k_weight, k_position, layout, config.block, config.stride, config.phi)
-    v_cmp, _ = compress(kv_cmp[1], params.v_weight, params.v_position, layout, config.block, config.stride, config.phi)
-    return FusedAttention.apply(q, k_cmp, v_cmp, *kv_slc, *kv_win, gates, silent, layout, config, scale, block_indices)
+    return FusedAttention.apply(q, *kv_cmp, *kv_slc, *kv_win, gates, *params, layout, config, scale, block_indices)

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from plumbline.kernels.nsa.config import NSAConfig
 from plumbline.kernels.nsa.layout import Layout
-from plumbline.kernels.nsa.triton_backend import dense, mix, pairs, tables
+from plumbline.kernels.nsa.triton_backend import dense, pairs, tables
 from plumbline.kernels.nsa.triton_backend.common import (
     LOG2E,
     Tiles,
@@ -25,9 +25,10 @@ from plumbline.kernels.nsa.triton_backend.common import (
 )
 from plumbline.kernels.nsa.triton_backend.dense import CMP, FORCED, INITIAL, WIN
 
-# Bytes of partial outputs (forward) and partial query gradients (backward) of the selected branch held at once.
-PAIR_BYTES_FORWARD = 2**30
-PAIR_BYTES_BACKWARD = 2**31
+# Bytes of partial outputs (forward) or partial query gradients (backward) of the selected branch held at once.
+PAIR_BYTES = 2**31
+# Queries of a chunk at most: with more, the queries that one head's pairs gather no longer fit the L2 cache.
+PAIR_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def forward_tiles(x: Tensor, group: int) -> Tiles:
         return Tiles(fit_rows(32, group), 32, 4, 1)
     if pad_dim(x.shape[-1]) > 128:
         return Tiles(fit_rows(128, group), 64, 8, 2, tma=True)
+    if pad_dim(x.shape[-1]) <= 64:
+        return Tiles(fit_rows(64, group), 64, 4, 3, tma=True)
     # Two tiles a multiprocessor: one's softmax hides behind the other's products.
     return Tiles(fit_rows(128, group), 64, 8, 2, tma=True, registers=128)
 
@@ -69,7 +72,9 @@ def forward_tiles(x: Tensor, group: int) -> Tiles:
 def query_tiles(x: Tensor, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(fit_rows(32, group), 32, 4, 1)
-    return Tiles(fit_rows(64, group), 32 if pad_dim(x.shape[-1]) > 128 else 64, 4, 2, tma=True)
+    if pad_dim(x.shape[-1]) > 128:
+        return Tiles(fit_rows(64, group), 32, 4, 2, tma=True)
+    return Tiles(fit_rows(64, group), 64 if pad_dim(x.shape[-1]) <= 64 else 32, 4, 3, tma=True)
 
 
 def key_tiles(x: Tensor, group: int) -> Tiles:
@@ -77,6 +82,8 @@ def key_tiles(x: Tensor, group: int) -> Tiles:
         return Tiles(fit_rows(16, group), 32, 4, 1)
     if pad_dim(x.shape[-1]) > 128:
         return Tiles(fit_rows(32, group), 64, 8, 2, tma=True)
+    if pad_dim(x.shape[-1]) <= 64:
+        return Tiles(fit_rows(64, group), 64, 4, 3, tma=True)
     return Tiles(fit_rows(64, group), 128, 8, 3, tma=True)
 
 
@@ -86,7 +93,10 @@ def pair_tiles(x: Tensor, group: int, select_block: int, backward: bool) -> Tile
         return Tiles(fit_rows(16, group), keys, 4, 1)
     if pad_dim(x.shape[-1]) > 128 or keys > 64:
         return Tiles(fit_rows(32 if backward else 64, group), keys, 8, 2)
-    return Tiles(fit_rows(128, group), keys, 8, 2) if backward else Tiles(fit_rows(64, group), keys, 4, 1)
+    small = pad_dim(x.shape[-1]) <= 64
+    if backward:
+        return Tiles(fit_rows(128, group), keys, 4 if small else 8, 2)
+    return Tiles(fit_rows(64, group), keys, 4, 1, registers=None if small else 128)
 
 
 def key_sources(xs: Sequence[Tensor], size: Tiles) -> list[TensorDescriptor] | None:
@@ -163,11 +173,6 @@ def forced_blocks(config: NSAConfig | None) -> tuple[int, int]:
     return (config.initial, config.local) if config else (0, 0)
 
 
-def chunk_tokens(layout: Layout, bytes_per_token: int, budget: int) -> int:
-    """Queries of a chunk whose pairs fit the budget."""
-    return max(1, min(layout.tokens, max(64, budget // bytes_per_token)))
-
-
 @dataclass(frozen=True)
 class Selection:
     """How the selected branch is worked out.
@@ -187,67 +192,13 @@ class Selection:
         """SLC of the kernels."""
         return 3 if self.indices is None else 1 if self.forced else 2
 
-
-def selected_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    selection: Selection,
-    scale: float,
-    mixed: tuple[Tensor, Tensor | None, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(out, lse of the selected branch, the gated sum).
-
-    mixed: (gates [T, Hq, 3], output of the compressed branch or None, of the window); None leaves the sum out.
-    """
-    tokens, heads, dk = q.shape
-    kv_heads, dv = k.shape[1], v.shape[2]
-    group, s = heads // kv_heads, selection.select_block
-    total = torch.empty(tokens, heads, dv, dtype=q.dtype, device=q.device) if mixed else None
-    if selection.indices is None:
-        out, lse = dense_forward(q, k, v, layout, Range.window(max(layout.longest, 1)), scale)
-    elif selection.forced:
-        out, lse = dense_forward(q, k, v, layout, Range.forced(selection.forced), scale)
-    else:
-        out = torch.empty(tokens, heads, dv, dtype=q.dtype, device=q.device)
-        lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    gates, cmp, win = mixed if mixed else (q, None, q)
-
-    def merge(first: int, last: int, part: Tensor, part_lse: Tensor, indices: Tensor, count: int) -> None:
-        rows = (last - first) * heads
-        initial, local = forced_blocks(selection.forced)
-        mix.merge_and_mix[(triton.cdiv(rows, 16),)](
-            cmp if cmp is not None else q, out, win, lse, part, part_lse, indices, gates, total if mixed else q,
-            tables.token_table(layout, s)[0], first * heads, last * heads, heads, GROUP=group, COUNT=count, S=s,
-            INITIAL=initial,
-            LOCAL=local, HAS_CMP=cmp is not None, SLC=selection.mode, MIX=mixed is not None, DV=dv, BV=pad_dim(dv),
-            ROWS=16, num_warps=4,
-        )  # fmt: skip
-
-    if selection.indices is None:
-        if mixed:
-            merge(0, tokens, out, lse, lse, 1)
-        return out, lse, total
-    count = selection.indices.shape[2]
-    chunk = chunk_tokens(layout, heads * count * dv * q.element_size(), PAIR_BYTES_FORWARD)
-    size = pair_tiles(q, group, s, False)
-    per_tile = size.rows // group
-    listed = pairs.list_pairs(selection.indices, layout, s, chunk, forced_blocks(selection.forced))
-    part = torch.empty(chunk, kv_heads, count, group, dv, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(chunk, kv_heads, count, group, dtype=torch.float32, device=q.device)
-    blocks = tables.selection_table(layout, s)
-    for number, first in enumerate(range(0, tokens, chunk)):
-        items, _ = listed.items(number, 8 * per_tile)
-        pairs.forward_pairs[(len(items),)](
-            q, k, v, part, part_lse, items, listed.pairs, blocks, scale * LOG2E, first, len(blocks), q.stride(0),
-            q.stride(1),
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), KV_HEADS=kv_heads, COUNT=count, GROUP=group, S=s,
-            DK=dk, DV=dv,
-            BK=pad_dim(dk), BV=pad_dim(dv), ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), **size.launch,
-        )  # fmt: skip
-        merge(first, min(first + chunk, tokens), part, part_lse, selection.indices, count)
-    return out, lse, total
+    def listed(self, layout: Layout, bytes_per_pair: int) -> pairs.PairList | None:
+        """The pairs left to pairs.py, in chunks whose parts fit PAIR_BYTES; None where every block is chosen."""
+        if self.indices is None:
+            return None
+        per_token = bytes_per_pair * self.indices.shape[1] * self.indices.shape[2]
+        chunk = max(1, min(layout.tokens, PAIR_CHUNK, max(64, PAIR_BYTES // per_token)))
+        return pairs.list_pairs(self.indices, layout, self.select_block, chunk, forced_blocks(self.forced))
 
 
 @dataclass(frozen=True)
@@ -273,8 +224,9 @@ def backward(
     cmp: tuple[Branch, Range] | None,
     slc: tuple[Branch, Selection] | None,
     win: tuple[Branch, Range] | None,
+    listed: pairs.PairList | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Gradient of q [T, Hq, Dk], and of keys and values (float32) by branch name."""
+    """Gradient of q [T, Hq, Dk], and of keys and values (float32) by branch name. listed: the selection's pairs."""
     tokens, heads, dk = q.shape
     some = next(branch[0] for branch in (cmp, slc, win) if branch)
     kv_heads, dv = some.k.shape[1], some.v.shape[2]
@@ -288,28 +240,19 @@ def backward(
     mode = selection.mode if slc else 0
     if slc:
         grads["slc"] = _selected_keys_start(q, do, slc[0], layout, selection, scale)
-    paired = mode in (1, 2)
     count = selection.indices.shape[2] if selection.indices is not None else 1
-    chunk = (
-        chunk_tokens(layout, heads * count * dk * q.element_size(), PAIR_BYTES_BACKWARD) if paired else max(tokens, 1)
-    )
-    part = torch.empty(chunk if paired else 0, kv_heads, count, group, dk, dtype=q.dtype, device=q.device)
-    listed = None
-    if selection.indices is not None:
-        listed = pairs.list_pairs(
-            selection.indices, layout, selection.select_block, chunk, forced_blocks(selection.forced)
-        )
-
+    chunk = listed.chunk if listed else max(tokens, 1)
+    part = torch.empty(chunk if listed else 0, kv_heads, count, group, dk, dtype=q.dtype, device=q.device)
     dq = torch.empty(tokens, heads, dk, dtype=q.dtype, device=q.device)
     size = query_tiles(q, group)
     reach_c = cmp[1] if cmp else Range(CMP, 1)
     tiles = tables.query_tiles(layout, size.rows // group, *reach_c.blocks, chunk)
     initial, local = forced_blocks(selection.forced)
+    s = selection.select_block
+    items = listed.items(16 * max(8, pair_tiles(q, group, s, True).rows // group)) if listed else None
     for number, first in enumerate(range(0, tokens, chunk)):
-        if slc and listed:
-            _pairs_backward(
-                q, do, slc[0], layout, selection.select_block, listed, number, first, count, part, grads["slc"], scale
-            )
+        if slc and listed and items:
+            _pairs_backward(q, do, slc[0], layout, s, listed, items, number, first, count, part, grads["slc"], scale)
         branches = [(branch or (some,))[0] for branch in (cmp, slc, win)]
         sources = key_sources([x for branch in branches for x in (branch.k, branch.v)], size)
         arguments = [
@@ -319,7 +262,7 @@ def backward(
         ]
         dense.backward_queries[(len(tiles[number]), kv_heads)](
             q, do, dq, tiles[number], scale, scale * LOG2E, q.stride(0), q.stride(1), heads, *arguments, part,
-            selection.indices if paired else tiles[number], first, GROUP=group, HAS_CMP=cmp is not None, SLC=mode,
+            selection.indices if listed else tiles[number], first, GROUP=group, HAS_CMP=cmp is not None, SLC=mode,
             HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b, S=selection.select_block,
             LOCAL=local,
             INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WHOLE=max(layout.longest, 1), DK=dk, DV=dv,
@@ -341,29 +284,25 @@ def _selected_keys_start(
 
 
 def _pairs_backward(
-    q: Tensor, do: Tensor, branch: Branch, layout: Layout, s: int, listed: pairs.PairList, number: int, first: int,
-    count: int,
-    part: Tensor, totals: tuple[Tensor, Tensor], scale: float,
+    q: Tensor, do: Tensor, branch: Branch, layout: Layout, s: int, listed: pairs.PairList, work: pairs.Items,
+    number: int, first: int, count: int, part: Tensor, totals: tuple[Tensor, Tensor], scale: float,
 ) -> None:  # fmt: skip
     """Fills part with the query gradients of a chunk's pairs and adds their key and value gradients to totals."""
     k, v = branch.k, branch.v
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     size = pair_tiles(q, group, s, True)
-    items, first_item = listed.items(number, 16 * max(8, size.rows // group))
-    part_k, part_v = (torch.empty(len(items), s, x.shape[2], dtype=torch.float32, device=q.device) for x in (k, v))
+    items, first_extra = work.items[number], work.first_extra[number]
+    extra_k, extra_v = (torch.empty(work.extra, s, x.shape[2], dtype=torch.float32, device=q.device) for x in (k, v))
     blocks = tables.selection_table(layout, s)
     pairs.backward_pairs[(len(items),)](
-        q, do, k, v, branch.shift, branch.dot, part, part_k, part_v, items, listed.pairs, blocks, scale * LOG2E,
-        first, len(blocks),
+        q, do, k, v, branch.shift, branch.dot, part, *totals, extra_k, extra_v, items, listed.pairs, blocks, scale,
+        scale * LOG2E, first, len(blocks),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), KV_HEADS=kv_heads, COUNT=count,
-        GROUP=group,
-        S=s, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]), BV=pad_dim(v.shape[2]), ROWS=size.rows,
-        KEYS=size.keys,
-        PREC=precision(q.dtype), **size.launch,
+        GROUP=group, S=s, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]), BV=pad_dim(v.shape[2]),
+        ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), **size.launch,
     )  # fmt: skip
-    for x, total, factor in ((part_k, totals[0], scale), (part_v, totals[1], 1.0)):
-        pairs.add_items[(len(blocks) * kv_heads,)](
-            x, total, first_item, blocks, len(blocks), factor, KV_HEADS=kv_heads, S=s, DIM=x.shape[2],
-            BD=pad_dim(x.shape[2]),
-            KEYS=size.keys, num_warps=8,
+    for x, total in ((extra_k, totals[0]), (extra_v, totals[1])):
+        pairs.add_extra[(len(blocks) * kv_heads,)](
+            x, total, first_extra, blocks, len(blocks), KV_HEADS=kv_heads, S=s, DIM=x.shape[2],
+            BD=pad_dim(x.shape[2]), KEYS=size.keys, num_warps=8,
         )  # fmt: skip

@@ -21,41 +21,59 @@ from plumbline.kernels.nsa.triton_backend.tables import token_table
 
 
 @dataclass(frozen=True)
+class Items:
+    """Work items of every chunk.
+
+    Their count is a bound known without asking the device; items past a chunk's last one name no block. The first item
+    of a block may add to the block's total; the others, the extra ones, are numbered through a chunk's blocks.
+
+    Attributes:
+        items: [chunks, items, 4] int32: block (Hkv blocks for none), first and last pair, extra number (-1: a first
+            item).
+        first_extra: [chunks, Hkv blocks + 1 or more] int32: first extra number of each block.
+        extra: a bound on the extra items of a chunk.
+    """
+
+    items: Tensor
+    first_extra: Tensor
+    extra: int
+
+
+@dataclass(frozen=True)
 class PairList:
     """Pairs sorted by (chunk of queries, kv head, block), in query order within a block.
 
     Attributes:
+        chunk: queries of a chunk.
         pairs: [T Hkv count] int32, a pair's number (t Hkv + h) count + slot, t counted within its chunk.
         starts: [chunks, Hkv blocks + 1] int32, first pair of each block.
         pairs_per_chunk: at most.
     """
 
+    chunk: int
     pairs: Tensor
     starts: Tensor
     pairs_per_chunk: int
 
-    def items(self, chunk: int, size: int) -> tuple[Tensor, Tensor]:
-        """Work items of a chunk: at most `size` pairs of one block each.
-
-        Their count is a bound known without asking the device; items past the last one name no block.
-
-        Returns:
-            ([items, 3] int32: block (Hkv blocks for none), first and last pair;
-            [Hkv blocks + 1] int32: first item of each block).
-        """
-        starts = self.starts[chunk]
-        blocks = starts.numel() - 1
-        pieces = (starts[1:] - starts[:-1] + size - 1) // size
-        ends = pieces.cumsum(0, dtype=torch.int32)
-        first_item = torch.nn.functional.pad(ends, (1, 0))
+    def items(self, size: int) -> Items:
+        """The pairs cut into items of at most `size` pairs of one block."""
+        starts = self.starts
+        chunks, blocks = starts.shape[0], starts.shape[1] - 1
+        pieces = (starts[:, 1:] - starts[:, :-1] + size - 1) // size
+        ends = pieces.cumsum(1, dtype=torch.int32)
         # Every block has at most one item that is not full.
         bound = min(blocks, self.pairs_per_chunk) + self.pairs_per_chunk // size
-        item = torch.arange(bound, device=starts.device, dtype=torch.int32)
+        item = torch.arange(bound, device=starts.device, dtype=torch.int32).expand(chunks, -1).contiguous()
         block = torch.searchsorted(ends, item, right=True, out_int32=True)
-        inside = block.clamp(max=blocks - 1)
-        first = starts[inside] + (item - first_item[inside]) * size
-        last = torch.minimum(first + size, starts[inside + 1])
-        return torch.stack([block, first, last], 1).int().contiguous(), first_item
+        inside = block.clamp(max=blocks - 1).long()
+        within = item - (ends - pieces).gather(1, inside)
+        first = starts.gather(1, inside) + within * size
+        last = torch.minimum(first + size, starts.gather(1, inside + 1))
+        # Rows stay aligned to 16 bytes, so that one compiled kernel serves all chunks.
+        extra = torch.nn.functional.pad((pieces - 1).clamp(min=0).cumsum(1, dtype=torch.int32), (1, -(blocks + 1) % 4))
+        place = torch.where(within > 0, extra.gather(1, inside) + within - 1, -1)
+        items = torch.stack([block, first, last, place], 2).int()
+        return Items(items, extra, max(1, self.pairs_per_chunk // size))
 
 
 def list_pairs(indices: Tensor, layout: Layout, select_block: int, chunk: int, skip: tuple[int, int]) -> PairList:
@@ -78,7 +96,7 @@ def list_pairs(indices: Tensor, layout: Layout, select_block: int, chunk: int, s
     per_chunk = kv_heads * blocks
     first = torch.arange(chunks, device=key.device)[:, None] * per_chunk
     starts = edges[first + torch.arange(per_chunk + 1, device=key.device)]
-    return PairList((pairs % (chunk * kv_heads * count)).int(), starts, min(chunk, tokens) * kv_heads * count)
+    return PairList(chunk, (pairs % (chunk * kv_heads * count)).int(), starts, min(chunk, tokens) * kv_heads * count)
 
 
 @triton.jit
@@ -91,7 +109,7 @@ def forward_pairs(
 ):  # fmt: skip
     """out [chunk, Hkv, COUNT, GROUP, Dv] and lse (log 2): attention of each pair of an item to its block alone."""
     PAIRS: tl.constexpr = ROWS // GROUP
-    item = items_ptr + tl.program_id(0) * 3
+    item = items_ptr + tl.program_id(0) * 4
     block, first, last = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     if block < blocks * KV_HEADS:
         kv_head = block // blocks
@@ -127,18 +145,20 @@ def forward_pairs(
 
 @triton.jit
 def backward_pairs(
-    q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, dot_ptr, dq_ptr, dk_ptr, dv_ptr, items_ptr, pairs_ptr, blocks_ptr, scale,
-    chunk_first,
-    blocks, q_t, q_h, k_t, k_h, v_t, v_h,
+    q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, dot_ptr, dq_ptr, dk_ptr, dv_ptr, extra_k_ptr, extra_v_ptr, items_ptr,
+    pairs_ptr, blocks_ptr, natural_scale, scale, chunk_first, blocks, q_t, q_h, k_t, k_h, v_t, v_h,
     KV_HEADS: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq [chunk, Hkv, COUNT, GROUP, Dk] of each pair (without the factor scale), dk, dv [items, S, D] of each item."""
+    """dq [chunk, Hkv, COUNT, GROUP, Dk] of each pair (without the factor natural_scale).
+
+    The first item of a block adds to dk, dv [T, Hkv, D] float32, which no other program touches; the others leave
+    theirs in extra [items, S, D] for add_extra.
+    """
     PAIRS: tl.constexpr = ROWS // GROUP
-    number = tl.program_id(0)
-    item = items_ptr + number * 3
-    block, first, last = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    item = items_ptr + tl.program_id(0) * 4
+    block, first, last, place = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     if block < blocks * KV_HEADS:
         kv_head = block // blocks
         where = blocks_ptr + block % blocks * 3
@@ -173,26 +193,32 @@ def backward_pairs(
             dk = tl.dot(tl.trans(ds), q, dk, input_precision=PREC)
             dq = tl.dot(ds, k, input_precision=PREC)
             store_rows(dq_ptr, (pair.to(tl.int64) * GROUP + g) * DK, ok, dq, DK, BK)
-        to = number.to(tl.int64) * S + c
-        store_rows(dk_ptr, to * DK, c < S, dk, DK, BK)
-        store_rows(dv_ptr, to * DV, c < S, dv, DV, BV)
+        dk *= natural_scale
+        if place < 0:
+            to = at * KV_HEADS + kv_head
+            store_rows(dk_ptr, to * DK, key_ok, load_rows(dk_ptr, to * DK, key_ok, DK, BK) + dk, DK, BK)
+            store_rows(dv_ptr, to * DV, key_ok, load_rows(dv_ptr, to * DV, key_ok, DV, BV) + dv, DV, BV)
+        else:
+            to = place.to(tl.int64) * S + c
+            store_rows(extra_k_ptr, to * DK, c < S, dk, DK, BK)
+            store_rows(extra_v_ptr, to * DV, c < S, dv, DV, BV)
 
 
 @triton.jit
-def add_items(
-    part_ptr, total_ptr, first_item_ptr, blocks_ptr, blocks, factor,
+def add_extra(
+    part_ptr, total_ptr, first_extra_ptr, blocks_ptr, blocks,
     KV_HEADS: tl.constexpr, S: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """total [T, Hkv, DIM] float32 += factor * the items of each block, in order."""
+    """total [T, Hkv, DIM] float32 += the extra items of each block, in order."""
     block = tl.program_id(0)
-    first, last = tl.load(first_item_ptr + block), tl.load(first_item_ptr + block + 1)
+    first, last = tl.load(first_extra_ptr + block), tl.load(first_extra_ptr + block + 1)
     if last > first:
         where = blocks_ptr + block % blocks * 3
         start, length, position = tl.load(where), tl.load(where + 1), tl.load(where + 2)
         c = tl.arange(0, KEYS)
         ok = (c < S) & (position + c < length)
-        total = tl.zeros([KEYS, BD], tl.float32)
+        to = ((start + position + c).to(tl.int64) * KV_HEADS + block // blocks) * DIM
+        total = load_rows(total_ptr, to, ok, DIM, BD)
         for item in range(first, last):
             total += load_rows(part_ptr, (item * S + c).to(tl.int64) * DIM, ok, DIM, BD)
-        to = ((start + position + c).to(tl.int64) * KV_HEADS + block // blocks) * DIM
-        store_rows(total_ptr, to, ok, load_rows(total_ptr, to, ok, DIM, BD) + factor * total, DIM, BD)
+        store_rows(total_ptr, to, ok, total, DIM, BD)

@@ -136,53 +136,106 @@ def importance(
 
 
 @triton.jit
+def highest(x, floor, WANT: tl.constexpr):
+    """bool: the WANT highest of the values above floor (all, if fewer), equal ones by lower index. int32, not -1."""
+    # Drop the lowest while enough remain.
+    kept = tl.sum((x > floor).to(tl.int32), 0)
+    more = kept > WANT
+    while more:
+        low = tl.min(tl.where(x > floor, x, 2147483647), 0)
+        rest = tl.sum((x > low).to(tl.int32), 0)
+        enough = rest >= WANT
+        floor = tl.where(enough, low, floor)
+        more = enough & (rest > WANT)
+    last = tl.min(tl.where(x > floor, x, 2147483647), 0)
+    above = x > last
+    level = x == last
+    wanted = WANT - tl.sum(above.to(tl.int32), 0)
+    return above | (level & (tl.cumsum(level.to(tl.int32), 0) <= wanted))
+
+
+@triton.jit
+def store_chosen(
+    scratch_ptr, out_ptr, x, own,
+    WIDTH: tl.constexpr, COUNT: tl.constexpr, COUNT2: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+):  # fmt: skip
+    """out [COUNT]: the forced ones of the blocks up to own, and the highest of the rest by importance x [WIDTH].
+
+    Equal values go to the lower index; ascending, then -1. scratch: 128 words, if WIDTH is 256 or more.
+    """
+    WANT: tl.constexpr = COUNT - INITIAL - LOCAL
+    FEW: tl.constexpr = 64
+    j = tl.arange(0, WIDTH)
+    initial = tl.minimum(own + 1, INITIAL)
+    local = tl.maximum(own - LOCAL + 1, initial)
+    free = (j >= initial) & (j < local)
+    # Importance is not negative, so that its bits are ordered as the values are; -1 marks what is not to be ranked.
+    x = tl.where(free, tl.maximum(x, 0.0).to(tl.int32, bitcast=True), -1)
+    floor = tl.full([], -1, tl.int32)
+    n = tl.full([], WIDTH + FEW, tl.int32)
+    if (WANT > 0) & (WANT <= 24) & (WIDTH >= 256):
+        # The WANT-th highest of the maxima of 32 groups is a bound from below that few values pass.
+        best = tl.max(tl.reshape(x, [WIDTH // 32, 32]), 0)
+        taken = tl.full([], 0, tl.int32)
+        for _ in range(WANT):
+            top = tl.max(best, 0)
+            floor = tl.where(taken < WANT, top - 1, floor)
+            hit = best == top
+            taken += tl.sum(hit.to(tl.int32), 0)
+            best = tl.where(hit, -1, best)
+        floor = tl.maximum(floor, -1)
+        n = tl.sum((x > floor).to(tl.int32), 0)
+    c = tl.arange(0, COUNT2)
+    if n <= FEW:
+        # Those few, in order, are ranked by themselves.
+        place = tl.cumsum((x > floor).to(tl.int32), 0) - 1
+        tl.debug_barrier()
+        tl.store(scratch_ptr + place, x, mask=x > floor)
+        tl.store(scratch_ptr + FEW + place, j, mask=x > floor)
+        tl.debug_barrier()
+        f = tl.arange(0, FEW)
+        few = tl.load(scratch_ptr + f, mask=f < n, other=-1)
+        few_j = tl.load(scratch_ptr + FEW + f, mask=f < n, other=0)
+        few_chosen = highest(few, floor, WANT)
+        middle = tl.sum(few_chosen.to(tl.int32), 0)
+        tl.store(out_ptr + initial + tl.cumsum(few_chosen.to(tl.int32), 0) - 1, few_j, mask=few_chosen)
+    else:
+        chosen = (x > -1) & highest(x, floor, WANT)
+        middle = tl.sum(chosen.to(tl.int32), 0)
+        tl.store(out_ptr + initial + tl.cumsum(chosen.to(tl.int32), 0) - 1, j, mask=chosen)
+    forced = tl.where(c < initial, c, tl.where(c - initial - middle <= own - local, c - initial - middle + local, -1))
+    tl.store(out_ptr + c, forced, mask=(c < COUNT) & ((c < initial) | (c >= initial + middle)))
+
+
+@triton.jit
 def choose(
     buffer_ptr, out_ptr, tiles_ptr, kv_heads, spill_stride, width,
-    QUERIES: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, SPILL: tl.constexpr, S: tl.constexpr,
-    COUNT: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, SPILL: tl.constexpr, S: tl.constexpr,
+    COUNT: tl.constexpr, COUNT2: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """out [T, Hkv, COUNT]: forced blocks and the highest of the rest, ascending, -1 = none. PART queries a program."""
-    per_tile: tl.constexpr = QUERIES // PART
-    tile_number = tl.program_id(0) // per_tile
+    """out [T, Hkv, COUNT]: the chosen blocks of one query. Overwrites its importance."""
+    tile_number = tl.program_id(0) // QUERIES
     kv_head = tl.program_id(1)
     tile = tiles_ptr + tile_number * 6
     start, first, end = tl.load(tile), tl.load(tile + 2), tl.load(tile + 3)
-    n = tl.program_id(0) % per_tile * PART + tl.arange(0, PART)
+    n = tl.program_id(0) % QUERIES
     t = first + n
-    ok = t < end
-    own = t // S
-    j = tl.arange(0, WIDTH)
-    candidate = ok[:, None] & (j[None, :] <= own[:, None])
-    at = ((tile_number * QUERIES + n).to(tl.int64) * kv_heads + kv_head) * width
-    x = tl.zeros([PART, WIDTH], tl.float32)
-    for s in tl.static_range(SPILL + 1):
-        x += tl.load(
-            buffer_ptr + s * spill_stride + at[:, None] + j[None, :], mask=candidate & (j >= s)[None, :], other=0.0
-        )
-    forced = candidate & ((j < INITIAL)[None, :] | (j[None, :] > own[:, None] - LOCAL))
-    # Importance is not negative, so that -1 marks what cannot be chosen (any more).
-    x = tl.where(candidate & (forced == 0), x, -1.0)
-    # The value of the last one chosen: equal values are taken away together, and counted.
-    rest = x
-    last = tl.full([PART], 0.0, tl.float32)
-    taken = tl.zeros([PART], tl.int32)
-    for _ in range(COUNT - INITIAL - LOCAL):
-        top = tl.max(rest, 1)
-        last = tl.where(taken < COUNT - INITIAL - LOCAL, top, last)
-        hit = rest == top[:, None]
-        taken += tl.sum(hit.to(tl.int32), 1)
-        rest = tl.where(hit, -1.0, rest)
-    above = x > last[:, None]
-    level = (x == last[:, None]) & (x >= 0.0)
-    wanted = COUNT - INITIAL - LOCAL - tl.sum(above.to(tl.int32), 1)
-    chosen = forced | above | (level & (tl.cumsum(level.to(tl.int32), 1) <= wanted[:, None]))
-    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
-    to = ((start + t).to(tl.int64) * kv_heads + kv_head) * COUNT
-    tl.store(out_ptr + to[:, None] + place, j[None, :] + tl.zeros([PART, 1], tl.int32), mask=chosen)
+    if t < end:
+        own = t // S
+        j = tl.arange(0, WIDTH)
+        at = ((tile_number * QUERIES + n).to(tl.int64) * kv_heads + kv_head) * width
+        x = tl.load(buffer_ptr + at + j, mask=j <= own, other=0.0)
+        for s in tl.static_range(1, SPILL + 1):
+            x += tl.load(buffer_ptr + s * spill_stride + at + j, mask=(j <= own) & (j >= s), other=0.0)
+        scratch = (buffer_ptr + at).to(tl.pointer_type(tl.int32), bitcast=True)
+        out = out_ptr + ((start + t).to(tl.int64) * kv_heads + kv_head) * COUNT
+        store_chosen(scratch, out, x, own, WIDTH, COUNT, COUNT2, INITIAL, LOCAL)
 
 
 def score_tiles(x: Tensor, group: int) -> Tiles:
-    return Tiles(max(32, group), 32, 4, 1) if exact(x.dtype) else Tiles(max(128, group), 64, 8, 3)
+    if exact(x.dtype):
+        return Tiles(max(32, group), 32, 4, 1)
+    return Tiles(max(64, group), 128, 4, 2) if pad_dim(x.shape[-1]) <= 64 else Tiles(max(128, group), 64, 4, 2)
 
 
 def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config: NSAConfig, scale: float) -> Tensor:
@@ -199,7 +252,7 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config:
     queries = tile.rows // group2
     tiles = query_tiles(layout, queries, config.block, config.stride)[0]
     width = triton.next_power_of_2(-(-layout.longest // config.select_block))
-    out = torch.full((q.shape[0], kv_heads, config.count), -1, dtype=torch.int32, device=q.device)
+    out = torch.empty(q.shape[0], kv_heads, config.count, dtype=torch.int32, device=q.device)
     per_tile = (spill + 1) * queries * kv_heads * width * 4
     at_once = max(1, min(len(tiles), CHUNK_BYTES // per_tile))
     buffer = torch.empty(spill + 1, at_once, queries, kv_heads, width, dtype=torch.float32, device=q.device)
@@ -214,7 +267,8 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config:
             **tile.launch,
         )  # fmt: skip
         choose[(len(chunk) * queries, kv_heads)](
-            buffer, out, chunk, kv_heads, buffer.stride(0), width, QUERIES=queries, PART=1, WIDTH=width, SPILL=spill,
-            S=config.select_block, COUNT=config.count, INITIAL=config.initial, LOCAL=config.local, num_warps=warps,
+            buffer, out, chunk, kv_heads, buffer.stride(0), width, QUERIES=queries, WIDTH=width, SPILL=spill,
+            S=config.select_block, COUNT=config.count, COUNT2=triton.next_power_of_2(config.count),
+            INITIAL=config.initial, LOCAL=config.local, num_warps=warps,
         )  # fmt: skip
     return out

@@ -1,0 +1,240 @@
+"""The keys and values that decoding reads, in slots or in pages, and the plan of one step over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from plumbline.kernels.nsa.config import NSAConfig, PhiParams, block_counts, overlap_weights
+from plumbline.kernels.nsa.layout import Layout
+from plumbline.kernels.nsa.reference import compress_padded
+
+BRANCHES = ("cmp", "slc", "win")
+
+
+class NSACache:
+    """Keys and values of one layer: raw for the three branches, compressed for the first.
+
+    In slots, `slots` sequences own max_length tokens each. In pages (`page` tokens each, `slots` of them), a sequence
+    owns the pages that its page table names; compressed block i lives in the page of its first token.
+
+    Args:
+        slots: sequences, or pages.
+        max_length: most tokens of a sequence.
+        kv_heads, dim_k, dim_v: heads and head dims.
+        config: see NSAConfig.
+        page: tokens of a page, a multiple of the stride; None: slots.
+        dtype, device: of the tensors.
+
+    Attributes:
+        raw: `cmp`, `slc`, `win` -> (k [slots, Hkv, L, Dqk], v [slots, Hkv, L, Dv]), L being max_length or page.
+        blocks: (k [slots, Hkv, N, Dqk], v [slots, Hkv, N, Dv]). Where phi is linear or a mean, the keys leave out
+            k_position: it adds one vector to all of them, which no softmax sees.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        max_length: int,
+        kv_heads: int,
+        dim_k: int,
+        dim_v: int,
+        config: NSAConfig,
+        *,
+        page: int | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if page is not None and (page < 1 or page % config.stride):
+            raise ValueError(f"page must be a positive multiple of stride ({config.stride}), got {page}")
+        length = max_length if page is None else page
+        blocks = int(block_counts(torch.tensor(max_length), config.block, config.stride))
+
+        def make(rows: int, dim: int) -> Tensor:
+            return torch.zeros(slots, kv_heads, rows, dim, dtype=dtype, device=device)
+
+        self.config, self.max_length, self.page = config, max_length, page
+        self.raw = {branch: (make(length, dim_k), make(length, dim_v)) for branch in BRANCHES}
+        count = blocks if page is None else page // config.stride
+        self.blocks = (make(count, dim_k), make(count, dim_v))
+
+    def tensors(self) -> list[Tensor]:
+        """All storage, slots first."""
+        return [tensor for pair in (*self.raw.values(), self.blocks) for tensor in pair]
+
+    def prefill(
+        self,
+        slots: Tensor,
+        kv_cmp: tuple[Tensor, Tensor],
+        kv_slc: tuple[Tensor, Tensor],
+        kv_win: tuple[Tensor, Tensor],
+        layout: Layout,
+        params: PhiParams,
+    ) -> None:
+        """Fill empty slots [B] (or the pages of a page table [B, n]) with whole packed prompts.
+
+        k/v [T, Hkv, D] as in native_sparse_attention.
+        """
+        if layout.longest > self.max_length:
+            raise ValueError(f"a prompt of {layout.longest} tokens does not fit a cache of {self.max_length}")
+        config = self.config
+        pairs = [
+            (store, layout.pad(x))
+            for branch, pair in zip(BRANCHES, (kv_cmp, kv_slc, kv_win), strict=True)
+            for store, x in zip(self.raw[branch], pair, strict=True)
+        ]
+        weights = ((params.k_weight, key_position(params, config)), (params.v_weight, params.v_position))
+        for store, x, (weight, position) in zip(self.blocks, kv_cmp, weights, strict=True):
+            made = compress_padded(layout.pad(x), weight, position, config.block, config.stride, config.phi)
+            pairs.append((store, made))
+        for number, (store, x) in enumerate(pairs):
+            if self.page is None:
+                # Rows past a prompt's end are garbage that the next tokens overwrite before anything reads them.
+                store[slots, :, : x.shape[2]] = x.to(store.dtype)
+                continue
+            # Pages past a prompt's end may be anyone's.
+            stride = 1 if number < 2 * len(BRANCHES) else config.stride
+            at = torch.arange(x.shape[2], device=x.device)
+            reach = layout.lengths if stride == 1 else block_counts(layout.lengths, config.block, stride)
+            b, i = (at < reach[:, None]).nonzero(as_tuple=True)
+            size = store.shape[2]
+            store[slots[b, i // size], :, i % size] = x[b, :, i].to(store.dtype)
+
+
+def key_position(params: PhiParams, config: NSAConfig) -> Tensor | None:
+    """The position that cached compressed keys hold (see NSACache.blocks)."""
+    return params.k_position if config.phi == "mlp" else None
+
+
+class DecodePlan:
+    """What one decode step of `new` tokens a sequence needs to know, shared by all layers.
+
+    Rows are (sequence, new token), the tokens of a sequence together: row b new + i.
+
+    Args:
+        slots: [B] int64; for a paged cache the page table [B, n] int64 (entries past a sequence's pages are not read).
+        lengths: [B] int64, tokens of each sequence before the step.
+        config: see NSAConfig.
+        max_length: the cache's.
+        new: tokens appended to each sequence.
+        page: the cache's.
+        longest: a bound on lengths + new, where the caller knows one. The device then is not asked, so that the step
+            can be captured in a CUDA graph.
+
+    Attributes:
+        slots: [R] or [R, n]; position: [R] int64, of each new token.
+
+    Raises:
+        ValueError: a sequence that would not fit.
+    """
+
+    def __init__(
+        self,
+        slots: Tensor,
+        lengths: Tensor,
+        config: NSAConfig,
+        max_length: int,
+        *,
+        new: int = 1,
+        page: int | None = None,
+        longest: int | None = None,
+    ) -> None:
+        if new < 1:
+            raise ValueError(f"new must be at least 1, got {new}")
+        if (page is None) != (slots.ndim == 1):
+            raise ValueError(f"slots must be [B], or with pages a page table [B, n], got {list(slots.shape)}")
+        self.longest = int(lengths.max()) + new if longest is None else longest
+        if self.longest > max_length:
+            raise ValueError(f"a sequence of {self.longest} tokens does not fit a cache of {max_length}")
+        if page is not None and self.longest > slots.shape[1] * page:
+            raise ValueError(f"a sequence of {self.longest} tokens does not fit {slots.shape[1]} pages of {page}")
+        self.config, self.new, self.page = config, new, page
+        if new == 1:
+            self.slots, self.position = slots, lengths
+        else:
+            self.slots = slots.repeat_interleave(new, 0)
+            self.position = (lengths[:, None] + torch.arange(new, device=lengths.device)).flatten()
+        self.candidates = -(-self.longest // config.select_block)
+        self.blocks = int(block_counts(torch.tensor(self.longest), config.block, config.stride))
+        self._memo: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+
+    def scratch(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Tensors of this step that the layers use in turn, made on first use."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    # What follows serves the PyTorch definition alone.
+
+    @cached_property
+    def complete(self) -> Tensor:
+        """Rows whose token completes a compression block."""
+        ends = self.position + 1 - self.config.block
+        return ((ends >= 0) & (ends % self.config.stride == 0)).nonzero().squeeze(1)
+
+    @cached_property
+    def block_number(self) -> Tensor:
+        """[complete] the block that each of them completes."""
+        return (self.position[self.complete] + 1 - self.config.block) // self.config.stride
+
+    @cached_property
+    def block_tokens(self) -> Tensor:
+        """[complete, l] its tokens."""
+        first = self.position[self.complete, None] + 1 - self.config.block
+        return first + torch.arange(self.config.block, device=first.device)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """[R, 1, 1, 1, blocks] bool."""
+        config = self.config
+        last = torch.arange(self.blocks, device=self.position.device) * config.stride + config.block - 1
+        return (last[None] <= self.position[:, None])[:, None, None, None, :]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[blocks, candidates] float32: overlap_weights."""
+        config = self.config
+        like = torch.zeros((), device=self.position.device)
+        return overlap_weights(self.blocks, self.candidates, config.block, config.stride, config.select_block, like)
+
+    @cached_property
+    def window(self) -> tuple[Tensor, Tensor]:
+        """Tokens of the window [R, w] and their mask [R, 1, 1, w]."""
+        width = min(self.config.window, self.longest)
+        tokens = self.position[:, None] - width + 1 + torch.arange(width, device=self.position.device)
+        return tokens.clamp(min=0), (tokens >= 0)[:, None, None]
+
+    @cached_property
+    def all_tokens_mask(self) -> Tensor:
+        """[R, 1, 1, longest] bool: not after the row's token."""
+        return (torch.arange(self.longest, device=self.position.device) <= self.position[:, None])[:, None, None]
+
+    def place(self, store: Tensor, at: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(slot or page, row in it) of tokens, or of compressed blocks, `at` [R, n] (rows: of these plan rows)."""
+        slots = self.slots if rows is None else self.slots[rows]
+        if self.page is None:
+            return slots[:, None], at
+        size = store.shape[2]
+        return slots.gather(1, at // size), at % size
+
+    def write(self, store: Tensor, at: Tensor, x: Tensor, rows: Tensor | None = None) -> None:
+        """x [R, H, D] to rows `at` [R] of each sequence."""
+        slots, inside = self.place(store, at[:, None], rows)
+        store[slots[:, 0], :, inside[:, 0]] = x.to(store.dtype)
+
+    def read(self, store: Tensor, at: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Rows `at` [R, n] of each sequence -> [R, H, n, D]."""
+        slots, inside = self.place(store, at, rows)
+        return store[slots, :, inside].transpose(1, 2)
+
+    def first(self, store: Tensor, count: int) -> Tensor:
+        """The first `count` rows of each sequence, [R, H, count, D]; those past its end are garbage."""
+        if self.page is None:
+            return store[self.slots, :, :count]
+        at = torch.arange(count, device=store.device).expand(len(self.position), -1)
+        # Table entries past a sequence's pages are not to be followed.
+        stride = 1 if store.shape[2] == self.page else self.config.stride
+        return self.read(store, torch.minimum(at, self.position[:, None] // stride))

@@ -154,6 +154,7 @@ def choose(config: RunConfig, methods: list[str], full: Any, console: Console) -
     path = config.folder / "chosen.json"
     chosen: dict[str, list[str] | str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     own = config.selection.method
+    before = len(chosen)
     # The configured method first: it says how many the others keep.
     for method in sorted({*methods, own}, key=lambda name: name != own):
         if method in chosen:
@@ -170,9 +171,10 @@ def choose(config: RunConfig, methods: list[str], full: Any, console: Console) -
         chosen[method] = selected.kept
         for line in selected.lines():
             console.print(f"seed {config.seed}: {line}", highlight=False, markup=False)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(chosen), encoding="utf-8")
-    partial.replace(path)
+    if len(chosen) > before:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(chosen), encoding="utf-8")
+        partial.replace(path)
     return chosen
 
 

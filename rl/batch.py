@@ -34,6 +34,7 @@ class Prompt:
         gold: the answer to grade against.
         epoch: pass over the training set.
         key: makes this prompt's random draws its own; the step for training, the problem's row for evaluation.
+        first_rollout: completions of this group that were drawn before and elsewhere; numbering goes on from there.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Prompt:
     gold: str
     epoch: int = 0
     key: int = 0
+    first_rollout: int = 0
 
 
 @dataclass

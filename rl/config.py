@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from plumbline.errors import InputError
+from plumbline.selection.methods import METHODS
 
 
 class Section(BaseModel):
@@ -210,11 +211,65 @@ class EvaluationSection(Section):
     max_new_tokens: PositiveInt | None = Field(None, description="None: the training length.")
 
 
+class SamplerSection(Section):
+    """Which prompts a step sees, decided while training (selection/samplers.py, selection/dynamic_samplers.py)."""
+
+    name: Literal["uniform", "curriculum", "prioritised", "dynamic", "greso", "speed"] = Field(
+        "uniform",
+        description="`uniform`: each sample once an epoch; `curriculum`: easy first; `prioritised`: in proportion to 1 - success "
+        "rate; `dynamic` (DAPO), `greso`, `speed`: groups all right or all wrong are dropped and the batch refilled.",
+    )
+    max_rounds: int = Field(
+        4, ge=2, description="Rollout rounds to fill a step's batch; then it trains on the groups it has."
+    )
+    difficulty: str = Field("level", description="curriculum: the problems' column that orders them.")
+    start: float = Field(0.2, gt=0, le=1, description="curriculum: share of the easiest samples open at first.")
+    passes: float = Field(2.0, gt=0, description="curriculum: everything is open after so many times the set in draws.")
+    memory: float = Field(0.5, ge=0, lt=1, description="prioritised: weight of the past in a sample's success rate.")
+    easy_share: float = Field(1 / 12, ge=0, le=1, description="greso: wanted share of all-right groups.")
+    hard_share: float = Field(1 / 6, ge=0, le=1, description="greso: wanted share of all-wrong groups.")
+    explore: float = Field(
+        0.5, gt=0, le=1, description="greso: chance at first to try a prompt whose last group was flat."
+    )
+    explore_floor: float = Field(0.05, gt=0, le=1, description="greso: that chance never falls below.")
+    explore_step: float = Field(0.01, ge=0, le=1, description="greso: how far it moves a round.")
+    screening: PositiveInt = Field(
+        4, description="speed: rollouts of the first look; fewer than completions_per_prompt."
+    )
+    low: float = Field(0.0, ge=0, le=1, description="speed: go on above this screening success rate.")
+    high: float = Field(1.0, ge=0, le=1, description="speed: and below this one.")
+
+
 class SelectionSection(Section):
-    method: Literal["lim"] = Field("lim")
-    variant: Literal["limr", "paper"] = Field("limr", description="The published code's or the paper's definition.")
-    threshold: float = Field(0.6, description="Samples scoring at least this are kept.")
+    """Which samples the pipeline's selected arm trains on, and how any training run draws from its samples."""
+
+    method: Literal["lim", "random", "linear", "pass_rate", "variance", "p(1-p)"] = Field(
+        "lim", description="What the pipeline selects by; docs/selection.md has the list."
+    )
+    variant: Literal["limr", "paper"] = Field(
+        "limr", description="lim: the published code's or the paper's definition."
+    )
+    threshold: float | None = Field(
+        None, description="Keep scores from here on; None: the method's own (lim 0.6, linear 0.7, pass_rate 0.2)."
+    )
+    high: float | None = Field(
+        None, description="And up to here; None: the method's own (pass_rate 0.8, else no bound)."
+    )
+    count: PositiveInt | None = Field(None, description="Keep the so many highest scores instead.")
+    share: float | None = Field(None, gt=0, le=1, description="Keep this share of the samples instead.")
     prerun_steps: PositiveInt = Field(36, description="Training steps on the full set that record the reward history.")
+    sampler: SamplerSection = Field(default_factory=SamplerSection)
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> SelectionSection:
+        given = [name for name in ("threshold", "count", "share") if getattr(self, name) is not None]
+        if len(given) > 1 or (self.high is not None and given != ["threshold"] * len(given)):
+            raise ValueError(
+                f"give one of threshold (with or without high), count and share, not {' and '.join(given)}"
+            )
+        if METHODS[self.method].low is None and not given:
+            raise ValueError(f"method {self.method} only ranks samples: set selection.count or selection.share")
+        return self
 
 
 class RaySection(Section):

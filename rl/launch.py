@@ -14,6 +14,7 @@ from plumbline.rl.trackers import check_trackers
 
 def launch_training(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> None:
     """`plumbline train`."""
+    from plumbline.rl.collect import make_sampler
     from plumbline.rl.text import Codec
 
     codec = Codec(config.policy.path, overrides=config.prompt)
@@ -22,6 +23,7 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
         console.print(line, highlight=False)
     load_shaping(config)
     check_trackers(config.tracking.trackers)
+    make_sampler(config, tasks)
     plan = make_plan(config)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "train")
@@ -46,6 +48,8 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
 
 def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> None:
     """`plumbline run`."""
+    from plumbline.rl.collect import make_sampler
+    from plumbline.rl.selecting import whole_epochs
     from plumbline.rl.text import Codec
 
     codec = Codec(config.policy.path, overrides=config.prompt)
@@ -55,6 +59,8 @@ def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False
         console.print(line, highlight=False)
     load_shaping(config)
     check_trackers(config.tracking.trackers)
+    make_sampler(config, tasks)
+    whole_epochs(config, len(tasks))
     plan = make_plan(config, training_runs=TRAINING_RUNS_OF_A_PIPELINE)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "run")
@@ -63,7 +69,7 @@ def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False
         plan,
         len(tasks),
         console,
-        title=f"plumbline run: {config.name} (each of the three arms; a pre-run of {config.selection.prerun_steps} steps comes first)",
+        title=f"plumbline run: {config.name} (each arm; a pre-run of {config.selection.prerun_steps} steps comes first)",
     )
 
     from plumbline.rl.pipeline import accuracy_table, run_pipeline

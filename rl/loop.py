@@ -10,16 +10,15 @@ import ray
 from rich.console import Console
 
 from plumbline.errors import InputError
-from plumbline.rl.batch import Prompt, Sampling
 from plumbline.rl.checking import CheckingStage
 from plumbline.rl.checkpoint import CheckpointStore
 from plumbline.rl.cluster import Roles
+from plumbline.rl.collect import Collector
 from plumbline.rl.config import RunConfig
 from plumbline.rl.records import CompletionLog, history_rows, state_metrics, step_metrics, training_batch
 from plumbline.rl.tasks import TaskSet
 from plumbline.rl.telemetry import Telemetry
 from plumbline.selection.history import HistoryWriter
-from plumbline.selection.samplers import UniformSampler
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,12 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     """
     began = time.monotonic()
     folder = config.folder
-    groups_per_step, completions = config.rollout.prompts_per_step, config.rollout.completions_per_prompt
     roles.begin(config)
-    sampler = UniformSampler(list(tasks), config.seed)
+    collector = Collector(config, roles, tasks)
     checkpoints = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     history = HistoryWriter(folder / "history", config.name)
     log = CompletionLog(folder / "completions")
-    checking = CheckingStage(config, roles.reward, sampler, console)
+    checking = CheckingStage(config, roles.reward, collector.sampler, console)
 
     start = 0
     saved = checkpoints.latest(console) if resume else None
@@ -60,7 +58,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
                 f"checkpoint {path} was trained on other samples than data.source gives now; keep the data when resuming"
             )
         ray.get(roles.learner.load.remote(str(path.resolve())))
-        sampler.load_state_dict(state["sampler"])
+        collector.load_state_dict(state["sampler"])
         checking.load_state_dict(state.get("checking"))
         start = state["step"]
         if start > config.steps:
@@ -71,7 +69,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     policy_version = roles.sync()
 
     def checkpoint(step: int) -> Path:
-        state = {"sampler": sampler.state_dict(), "history_offset": history.offset, "samples": tasks.fingerprint}
+        state = {"sampler": collector.state_dict(), "history_offset": history.offset, "samples": tasks.fingerprint}
         state |= {"checking": checking.state_dict(), "config": config.model_dump(mode="json")}
         return checkpoints.save(step, state, lambda target: ray.get(roles.learner.save.remote(str(target.resolve()))))
 
@@ -79,28 +77,20 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     with Telemetry(config, start, console) as telemetry:
         for step in range(start + 1, config.steps + 1):
             clock = time.monotonic()
-            sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, seed=config.seed)
-            prompts = [
-                Prompt(index, draw.sample_id, tasks[draw.sample_id].token_ids, tasks[draw.sample_id].problem.problem,
-                       tasks[draw.sample_id].problem.answer, draw.epoch, key=step)
-                for index, draw in enumerate(sampler.next(groups_per_step))
-            ]  # fmt: skip
-            groups = sorted(roles.graded_groups(prompts, completions, sampling), key=lambda group: group.prompt.index)
+            filled = collector.fill(step)
             rollout_seconds = time.monotonic() - clock
+            history.append(history_rows(filled.graded, step))
+            log.write(step, filled.graded)
 
-            sampler.update({group.prompt.sample_id: group.correct for group in groups})
-            history.append(history_rows(groups, step))
-            log.write(step, groups)
-
-            batch = training_batch(groups, config.algorithm.advantage)
+            batch = training_batch(filled.groups, config.algorithm.advantage)
             update = roles.learner.update.remote(batch)
-            checked = checking.check(step, groups)  # on the reward workers, while the learner works
+            checked = checking.check(step, filled.graded)  # on the reward workers, while the learner works
             metrics = ray.get(update) | checked
             used_version, policy_version = policy_version, roles.sync()
 
             step_seconds = time.monotonic() - clock
-            metrics |= state_metrics(groups, len(tasks), used_version, rollout_seconds, step_seconds)
-            metrics |= step_metrics(groups, batch, rollout_seconds, step_seconds)
+            metrics |= state_metrics(filled.graded, len(tasks), used_version, rollout_seconds, step_seconds)
+            metrics |= filled.metrics | step_metrics(filled.graded, rollout_seconds, step_seconds)
             metrics["policy_version"] = policy_version
             telemetry.log(step, metrics)
             if step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
@@ -108,5 +98,4 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             checking.enforce()
     history.close()
     assert newest is not None  # a checkpoint is written at the last step, or was resumed from
-    rollouts = config.steps * groups_per_step * completions
-    return TrainingResult(newest / "policy", config.steps, rollouts, time.monotonic() - began)
+    return TrainingResult(newest / "policy", config.steps, history.offset, time.monotonic() - began)

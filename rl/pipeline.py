@@ -16,37 +16,14 @@ from rich.table import Table
 from plumbline.errors import InputError
 from plumbline.rl.batch import Sampling
 from plumbline.rl.cluster import Roles
-from plumbline.rl.config import RunConfig
+from plumbline.rl.config import RunConfig, SamplerSection
 from plumbline.rl.evaluation import Evaluation, evaluate, finished_evaluation
 from plumbline.rl.loop import TrainingResult, train
 from plumbline.rl.memory import MemoryWatch
 from plumbline.rl.report import write_report
+from plumbline.rl.selecting import Selected, arm_name, arms, select, whole_epochs
 from plumbline.rl.tasks import TaskSet, evaluation_tasks, training_tasks
 from plumbline.rl.text import Codec
-from plumbline.selection import lim
-from plumbline.selection.history import curves
-
-ARMS = ("full", "random", "lim")
-
-
-@dataclass
-class Selected:
-    """What LIM made of the pre-run's history.
-
-    Attributes:
-        sample_ids, curves [N, K], scores [N], average [K]: as in selection/lim.py, over samples with a score.
-        kept: ids at or over the threshold.
-        random: as many ids drawn by the run's seed.
-        incomplete: samples without a complete curve; they have no score and are dropped.
-    """
-
-    sample_ids: list[str]
-    curves: np.ndarray
-    scores: np.ndarray
-    average: np.ndarray
-    kept: list[str]
-    random: list[str]
-    incomplete: int
 
 
 @dataclass
@@ -66,7 +43,7 @@ class PipelineResult:
         """The content of summary.json."""
         return {
             "base_accuracy": self.base.accuracy.as_dict(),
-            **{f"{arm}_accuracy": self.arms[arm].accuracy.as_dict() for arm in ARMS},
+            **{f"{arm}_accuracy": self.arms[arm].accuracy.as_dict() for arm in arms(self.config)},
             "samples": self.samples,
             "rollouts": {name: result.rollouts for name, result in self.training.items()},
             "steps": {name: result.steps for name, result in self.training.items()},
@@ -79,10 +56,12 @@ class PipelineResult:
             "selection": {
                 "method": self.config.selection.method,
                 "variant": self.config.selection.variant,
-                "threshold": self.config.selection.threshold,
-                "scored": len(self.selected.sample_ids),
+                "rule": self.selected.chosen.rule,
+                "threshold": self.selected.chosen.low,
+                "scored": int((~np.isnan(self.selected.chosen.scores)).sum()),
                 "kept": len(self.selected.kept),
-                "incomplete": self.selected.incomplete,
+                "incomplete": int(self.selected.chosen.incomplete.sum()),
+                "warnings": self.selected.warnings,
             },
             "seed": self.config.seed,
             "seconds": round(self.seconds, 1),
@@ -91,7 +70,7 @@ class PipelineResult:
 
 
 def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -> PipelineResult:
-    """Pre-run on the full set, LIM, three arms at equal rollouts from one start, evaluation of base and arms.
+    """Pre-run on the full set, selection, three arms at equal rollouts from one start, evaluation of base and arms.
 
     Writes summary.json, report.html, selection/, evaluation/ and a training run each for prerun and the arms into
     config.folder. With `resume`, finished stages are read back and the one that was interrupted goes on.
@@ -102,23 +81,22 @@ def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -
     full, _ = training_tasks(config, codec)
     held_out, _ = evaluation_tasks(config, codec)
     refuse_overlap(full, held_out)
+    whole_epochs(config, len(full))
     with MemoryWatch() as memory, Roles.start(config) as roles:
-        base = _evaluate(config, "base", None, held_out, roles, console, resume)
+        base = evaluate_stage(config, "base", None, held_out, roles, console, resume)
 
-        prerun = stage(config, "prerun", config.selection.prerun_steps)
+        prerun = uniform(stage(config, "prerun", config.selection.prerun_steps))
         training = {"prerun": train_stage(prerun, roles, full, console, resume)}
         selected = select(config, prerun.folder / "history", full)
-        console.print(
-            f"LIM keeps {len(selected.kept)} of {len(selected.sample_ids)} samples at threshold {config.selection.threshold:g}; "
-            f"the random arm draws as many"
-        )
+        for line in selected.lines():
+            console.print(line, highlight=False, markup=False)
 
         result = PipelineResult(config, selected, base, training=training)
-        chosen = {"full": list(full), "random": selected.random, "lim": selected.kept}
-        for arm in ARMS:
+        chosen = {"full": list(full), arm_name(config.selection.method): selected.kept, "random": selected.random}
+        for arm in arms(config):
             tasks = full.keep(chosen[arm])
             training[arm] = train_stage(stage(config, arm, config.steps), roles, tasks, console, resume)
-            result.arms[arm] = _evaluate(config, arm, training[arm].policy, held_out, roles, console, resume)
+            result.arms[arm] = evaluate_stage(config, arm, training[arm].policy, held_out, roles, console, resume)
             result.samples[arm] = len(tasks)
         result.peak_rss_mb = memory.peak_mb
     result.seconds = time.monotonic() - began
@@ -130,6 +108,12 @@ def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -
 def stage(config: RunConfig, name: str, steps: int) -> RunConfig:
     """The config of one training run inside the pipeline's folder."""
     return config.model_copy(update={"name": name, "output": str(config.folder / name), "steps": steps})
+
+
+def uniform(config: RunConfig) -> RunConfig:
+    """The config of a run that sees every sample once an epoch, whatever sampler the arms use: curves have no gaps then."""
+    selection = config.selection.model_copy(update={"sampler": SamplerSection()})
+    return config.model_copy(update={"selection": selection})
 
 
 def train_stage(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, resume: bool) -> TrainingResult:
@@ -155,45 +139,6 @@ def train_stage(config: RunConfig, roles: Roles, tasks: TaskSet, console: Consol
     return result
 
 
-def select(config: RunConfig, history: Path, full: TaskSet) -> Selected:
-    """Score the recorded history and write selection/: kept and random ids, one a line, and all scores as JSON.
-
-    Raises InputError when nothing reaches the threshold, or the history has no complete curve.
-    """
-    settings = config.selection
-    value = "correct" if settings.variant == "limr" else "reward"
-    sample_ids, raw = curves(history, value=value)
-    filled = lim.fill_gaps(raw, mode=settings.variant)
-    usable = ~np.isnan(filled).any(1) if settings.variant == "limr" else ~np.isnan(filled).all(1)
-    if not usable.any():
-        raise InputError(
-            f"no sample has a complete reward curve after {settings.prerun_steps} steps; raise selection.prerun_steps so that "
-            f"every one of the {len(full)} samples is seen in every epoch"
-        )
-    sample_ids = [sample_id for sample_id, use in zip(sample_ids, usable, strict=True) if use]
-    scores, average = lim.lim_scores(filled[usable])
-    keep = lim.select(scores, threshold=settings.threshold)
-    kept = [sample_id for sample_id, chosen in zip(sample_ids, keep, strict=True) if chosen]
-    if not kept:
-        raise InputError(
-            f"selection.threshold = {settings.threshold:g} selects none of {len(scores)} scored samples (highest score {np.nanmax(scores):.2f}); lower it"
-        )
-    rng = np.random.default_rng(config.seed)
-    random = sorted(rng.choice(np.array(sorted(full)), size=len(kept), replace=False).tolist())
-    target = config.folder / "selection"
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "lim_ids.txt").write_text("".join(f"{sample_id}\n" for sample_id in kept), encoding="utf-8")
-    (target / "random_ids.txt").write_text("".join(f"{sample_id}\n" for sample_id in random), encoding="utf-8")
-    table = {
-        sample_id: None if np.isnan(score) else float(score)
-        for sample_id, score in zip(sample_ids, scores, strict=True)
-    }
-    (target / "scores.json").write_text(
-        json.dumps({"average": average.tolist(), "scores": table}, indent=1), encoding="utf-8"
-    )
-    return Selected(sample_ids, filled[usable], scores, average, kept, random, int((~usable).sum()))
-
-
 def refuse_overlap(training: TaskSet, held_out: TaskSet) -> None:
     """InputError if a held-out problem's text is also a training problem's."""
     texts = {training[sample_id].problem.problem.strip(): sample_id for sample_id in training}
@@ -212,7 +157,7 @@ def accuracy_table(result: PipelineResult) -> Table:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     base = result.base.accuracy
     table.add_row("base", "-", "-", f"{base.mean:.1%}", f"{base.low:.1%} - {base.high:.1%}", "-")
-    for arm in ARMS:
+    for arm in arms(result.config):
         accuracy = result.arms[arm].accuracy
         table.add_row(
             arm,
@@ -225,7 +170,7 @@ def accuracy_table(result: PipelineResult) -> Table:
     return table
 
 
-def _evaluate(
+def evaluate_stage(
     config: RunConfig,
     name: str,
     policy: Path | None,

@@ -91,7 +91,7 @@ def print_plan(config: RunConfig, plan: Plan, samples: int, console: Console, *,
         "policy",
         f"{config.policy.path}, {plan.parameters / 1e6:.2f} M parameters, {learner.precision}, device {config.policy.device}",
     )
-    table.add_row("data", f"{config.data.source}: {samples:,} problems")
+    table.add_row("data", f"{config.data.source}: {samples:,} problems, drawn {config.selection.sampler.name}")
     table.add_row(
         "workers",
         f"{rollout.workers} rollout, {config.reward.workers} reward ({config.reward.processes_per_worker} process each), 1 learner",

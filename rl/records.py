@@ -21,7 +21,7 @@ def history_rows(groups: list[Group], step: int) -> list[dict[str, Any]]:
             "step": step,
             "epoch": group.prompt.epoch,
             "sample_id": group.prompt.sample_id,
-            "rollout": number,
+            "rollout": group.prompt.first_rollout + number,
             "policy_version": group.policy_version,
             "reward": group.rewards[number],
             "correct": group.correct[number],
@@ -41,7 +41,7 @@ def completion_rows(step: int, groups: list[Group]) -> list[dict[str, Any]]:
         {
             "step": step,
             "sample_id": group.prompt.sample_id,
-            "rollout": number,
+            "rollout": group.prompt.first_rollout + number,
             "problem": group.prompt.text,
             "response": completion.text,
             "gold": group.prompt.gold,
@@ -97,14 +97,12 @@ def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
     )
 
 
-def step_metrics(
-    groups: list[Group], batch: TrainingBatch, rollout_seconds: float, step_seconds: float
-) -> dict[str, float]:
-    """Averages over the step's completions; seconds; completion tokens a second of rollout and grading."""
+def step_metrics(groups: list[Group], rollout_seconds: float, step_seconds: float) -> dict[str, float]:
+    """Averages over all completions graded in the step; seconds; completion tokens a second of rollout and grading."""
     rewards = [reward for group in groups for reward in group.rewards]
     correct = [value for group in groups for value in group.correct]
     reasons = Counter(reason for group in groups for reason in group.reasons)
-    lengths = [len(ids) for ids in batch.completion_ids]
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     truncated = [completion.truncated for group in groups for completion in group.completions]
     flat = sum(len(set(group.rewards)) == 1 for group in groups)
     n = len(rewards)

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 def write_report(result: PipelineResult, full: TaskSet, path: Path) -> None:
     """Accuracy, the average learning curve with example curves, the scores, the training curves, the selected samples."""
-    config, selected = result.config, result.selected
-    threshold = config.selection.threshold
+    config, selected, chosen = result.config, result.selected, result.selected.chosen
+    scored = int((~np.isnan(chosen.scores)).sum())
     runs = {name: read_metrics(config.folder / name) for name in result.training}
-    lim_cost = result.training["prerun"].rollouts
+    cost = result.training["prerun"].rollouts
     sections: list[Section] = [
         {
             "title": "Held-out accuracy",
             "text": (
-                f"Each arm starts from the same policy and trains for {config.steps} steps at equal rollouts; LIM's pre-run took "
-                f"{lim_cost:,} rollouts more, which the other arms did not spend. One row a policy, n = {result.base.accuracy.n} held-out "
+                f"Each arm starts from the same policy and trains for {config.steps} steps at equal rollouts; the pre-run that "
+                f"{chosen.method} selects from took {cost:,} rollouts more, which the other arms did not spend. One row a policy, n = {result.base.accuracy.n} held-out "
                 f"problems, {config.evaluation.completions_per_problem} completion(s) each at temperature {config.evaluation.temperature:g}."
             ),
             "table": accuracy_rows(result),
@@ -40,20 +40,23 @@ def write_report(result: PipelineResult, full: TaskSet, path: Path) -> None:
         {
             "title": "Learning trajectories",
             "text": (
-                f"The mean reward of all samples at each epoch of the pre-run, with samples whose own curve tracks it (high LIM score) and "
-                f"samples whose curve does not. {len(selected.sample_ids)} samples have a complete curve, {selected.incomplete} do not."
+                f"The mean reward of all samples at each epoch of the pre-run, with curves of the highest and the lowest {chosen.label}. "
+                f"{scored:,} samples have a score, {len(chosen.sample_ids) - scored:,} do not."
             ),
-            "figures": [figures.average_learning_curve(selected.curves, selected.sample_ids, selected.scores)],
+            "figures": [
+                figures.average_learning_curve(chosen.curves, chosen.sample_ids, chosen.scores, value=selected.value)
+            ],
         },
         {
-            "title": "LIM scores",
-            "text": f"{len(selected.kept)} of {len(selected.sample_ids)} samples score at least {threshold:g} and are kept.",
-            "figures": [figures.score_histogram(selected.scores, threshold)],
+            "title": f"Selection by {chosen.method}",
+            "text": selected.lines(),
+            "note": "selection/report.html has the rest: grader health, overlap with other methods, the samples.",
+            "figures": [figures.score_histogram(chosen.scores, chosen.low, name=chosen.label)],
             "table": level_rows(result, full),
         },
         {
             "title": "Training",
-            "text": "Every step of the pre-run and of the three arms.",
+            "text": "Every step of the pre-run and of the arms.",
             "figures": [
                 training_figure(runs, "reward/correct", "share of completions graded correct"),
                 training_figure(runs, "rollout/completion_tokens", "mean completion length (tokens)"),
@@ -71,7 +74,7 @@ def accuracy_rows(result: PipelineResult) -> list[list[str]]:
     rows.append(["base", "-", "-", "-", f"{base.mean:.1%}", f"{base.low:.1%} to {base.high:.1%}"])
     for arm, evaluation in result.arms.items():
         accuracy, spent = evaluation.accuracy, result.training[arm].rollouts
-        total = spent + (result.training["prerun"].rollouts if arm == "lim" else 0)
+        total = spent + (result.training["prerun"].rollouts if arm not in ("full", "random") else 0)
         rows.append(
             [
                 arm,
@@ -89,7 +92,7 @@ def level_rows(result: PipelineResult, full: TaskSet) -> list[list[str]]:
     """Kept and scored samples of each level, where the data has levels."""
     kept = set(result.selected.kept)
     counts: dict[str, list[int]] = {}
-    for sample_id in result.selected.sample_ids:
+    for sample_id in result.selected.chosen.sample_ids:
         level = str(full[sample_id].problem.extras.get("level", "none"))
         entry = counts.setdefault(level, [0, 0])
         entry[0] += sample_id in kept

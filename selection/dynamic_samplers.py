@@ -104,6 +104,10 @@ class GresoSampler(DynamicSampler):
             move = -self.step if found[kind] / len(outcomes) >= wanted else self.step
             self.explore[kind] = float(np.clip(self.explore[kind] + move, self.floor, 1.0))
 
+    def metrics(self) -> dict[str, float]:
+        """skipped: prompts passed over so far; explore_easy, explore_hard: chances to try a flat one."""
+        return {"skipped": float(self.skipped), **{f"explore_{kind}": p for kind, p in self.explore.items()}}
+
     def _state(self) -> dict[str, Any]:
         return {
             **super()._state(),
@@ -193,6 +197,10 @@ class SpeedSampler(Sampler):
     def unfinished(self, sample_id: str) -> bool:
         """Whether it passed and waits for the rest of its group."""
         return any(waiting == sample_id for waiting, _ in self.passed)
+
+    def metrics(self) -> dict[str, float]:
+        """waiting: prompts that passed their screening and wait for the rest of their group."""
+        return {"waiting": float(len(self.passed))}
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -54,8 +54,8 @@ def average_learning_curve(
     # Few samples: no sample is an example of both.
     count = min(EXAMPLES, len(order) // 2) or len(order[:1])
     for rows, colour, name, mark in (
-        (order[::-1][:count], HIGH, "follows the average", "o"),
-        (order[:count], LOW, "does not", "s"),
+        (order[::-1][:count], HIGH, "high score", "o"),
+        (order[:count], LOW, "low score", "s"),
     ):
         for place, row in enumerate(rows):
             label = f"{name}: {_short(sample_ids[row])}, score {scores[row]:.2f}" if place == 0 else None

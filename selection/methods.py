@@ -146,7 +146,7 @@ def select_samples(
         assert how.score is not None
         scores = how.score(values)
     if count is not None:
-        rule = f"{how.rule}: the {count:,} highest"
+        rule = f"{how.rule}: {count:,}" if method == "random" else f"{how.rule}: the {count:,} highest"
         kept = _top(scores, count, seed)
         return Selection(method, rule, ids, scores, kept, None, None, values, average, incomplete)
     low = threshold if threshold is not None else how.low

@@ -64,6 +64,10 @@ th, td { padding: 0.35rem 0.7rem; border-bottom: 1px solid var(--line); text-ali
 th { background: var(--soft); }
 th:first-child, td:first-child { text-align: left; padding-left: 0.4rem; }
 th.prose, td.prose { white-space: normal; text-align: left; min-width: 16rem; }
+@media (max-width: 40rem) {
+  th, td { padding: 0.3rem 0.4rem; overflow-wrap: break-word; }
+  th, th:first-child, td:first-child { white-space: normal; }
+}
 """
 
 

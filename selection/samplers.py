@@ -73,6 +73,10 @@ class Sampler:
         """Whether the sample's group was begun and will be asked for again."""
         return False
 
+    def metrics(self) -> dict[str, float]:
+        """What there is to watch while it works."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides later draws, in plain types."""
         return {
@@ -207,6 +211,10 @@ class CurriculumSampler(_Weighted):
         progress = self.visits.sum() / (self.passes * len(self.sample_ids))
         return max(1, round(min(1.0, self.start + (1 - self.start) * progress) * len(self.sample_ids)))
 
+    def metrics(self) -> dict[str, float]:
+        """open_share: of the samples, the easiest first."""
+        return {"open_share": self.open_count() / len(self.sample_ids)}
+
     def _choose(self, count: int, rng: np.random.Generator) -> np.ndarray:
         pool = self._allowed(self.easiest_first)[: self.open_count()]
         return pool[np.lexsort((rng.random(len(pool)), self.visits[pool]))][:count]
@@ -235,6 +243,10 @@ class PrioritisedSampler(_Weighted):
             place, rate = self.place[sample_id], float(np.mean(correct))
             past = self.success[place]
             self.success[place] = rate if np.isnan(past) else self.memory * past + (1 - self.memory) * rate
+
+    def metrics(self) -> dict[str, float]:
+        """always_right: samples whose success rate is 1; tried: those drawn at least once."""
+        return {"always_right": float((self.success == 1).sum()), "tried": float((~np.isnan(self.success)).sum())}
 
     def _choose(self, count: int, rng: np.random.Generator) -> np.ndarray:
         weight = 1 - np.nan_to_num(self.success)

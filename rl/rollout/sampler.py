@@ -16,7 +16,7 @@ from plumbline.rl.batch import Prompt, Sampling
 
 def sequence_key(seed: int, prompt: Prompt, completion: int) -> int:
     """A 63-bit integer that names one sequence of one step."""
-    name = f"{seed}/{prompt.key}/{prompt.epoch}/{prompt.sample_id}/{completion}"
+    name = f"{seed}/{prompt.key}/{prompt.epoch}/{prompt.sample_id}/{prompt.first_rollout + completion}"
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

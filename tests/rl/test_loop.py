@@ -115,6 +115,30 @@ def test_two_plus_two_steps_equal_four(straight, policy_path, roles, tmp_path):
     assert (cfg.folder / "check.json").read_text() == (source.folder / "check.json").read_text()
 
 
+@pytest.mark.parametrize("sampler", ["speed", "greso"])
+def test_two_plus_two_steps_equal_four_with_a_sampler_that_drops(sampler, roles, tmp_path):
+    """The embedded policy is right now and then, so groups are dropped, begun in one step and finished in the next."""
+    changes = {
+        "selection": {"sampler": {"name": sampler, "screening": 2, "max_rounds": 2}},
+        "learner__learning_rate": 1e-4,
+    }
+    changes |= {"rollout__max_new_tokens": 64, "rollout__completions_per_prompt": 4, "rollout__slots": 16}
+    changes |= {"learner__tokens_per_microbatch": 1024}
+    whole_config = config("embedded", tmp_path / "whole", **changes)
+    whole = run(whole_config, roles)
+    cfg = config("embedded", tmp_path / "parts", **changes)
+    run(cfg.model_copy(update={"steps": 2}), roles)
+    parts = run(cfg, roles, resume=True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(parts)[name]), name
+    histories = [read_history(c.folder / "history").to_pylist() for c in (whole_config, cfg)]
+    assert histories[0] == histories[1]
+    assert whole.rollouts == parts.rollouts == len(histories[0])
+    metrics = read_metrics(cfg.folder)
+    assert all(row["selection/groups_kept"] <= row["selection/groups_rolled_out"] for row in metrics)
+    assert sum(row["selection/groups_kept"] for row in metrics) > 0
+
+
 def test_a_damaged_checkpoint_is_passed_over(straight, policy_path, roles, tmp_path):
     source, whole = straight
     cfg = config(policy_path, tmp_path / "copy")

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from plumbline.errors import InputError
 from plumbline.rl.config import parse_config
-from plumbline.rl.pipeline import ARMS, accuracy_table, run_pipeline
+from plumbline.rl.pipeline import accuracy_table, run_pipeline
+from plumbline.rl.selecting import arms
 
 
 def config(policy_path, output, **selection):
@@ -42,14 +43,14 @@ def finished(policy_path, tmp_path_factory):
 def test_a_run_leaves_everything_behind(finished):
     cfg, result = finished
     summary = json.loads((cfg.folder / "summary.json").read_text())
-    for name in ("base", *ARMS):
+    for name in ("base", *arms(cfg)):
         accuracy = summary[f"{name}_accuracy"]
         assert set(accuracy) == {"mean", "low", "high", "n"}
         assert accuracy["n"] == 10
         assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
         answers = (cfg.folder / "evaluation" / f"{name}.jsonl").read_text().splitlines()
         assert len(answers) == 10
-    assert summary["rollouts"] == {"prerun": 48, **dict.fromkeys(ARMS, 24)}
+    assert summary["rollouts"] == {"prerun": 48, **dict.fromkeys(arms(cfg), 24)}
     assert summary["samples"]["full"] == 8
     assert 0 < summary["samples"]["lim"] == summary["samples"]["random"] < 8
     assert summary["seconds"] > 0
@@ -76,7 +77,7 @@ def test_a_resumed_run_repeats_nothing_that_was_finished(finished, tmp_path):
     assert len(stamps) == 3
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in (stamps | answers).items())
     before, after = result.summary(), resumed.summary()
-    for name in ("base", *ARMS):
+    for name in ("base", *arms(cfg)):
         assert after[f"{name}_accuracy"] == before[f"{name}_accuracy"]
     assert after["rollouts"] == before["rollouts"]
     assert resumed.arms["lim"].per_problem == result.arms["lim"].per_problem
@@ -93,5 +94,54 @@ def test_a_threshold_that_keeps_nothing_is_refused(finished, tmp_path):
             "selection": cfg.selection.model_copy(update={"threshold": 1.01}),
         }
     )
-    with pytest.raises(InputError, match="selects none of 8 scored samples"):
+    with pytest.raises(InputError, match="selects nothing: no score of 8 samples fits"):
         run_pipeline(again, Console(quiet=True), resume=True)
+
+
+def without_the_selected_arms(folder):
+    """A finished pipeline as it was before it selected."""
+    for arm in ("random", "lim"):
+        shutil.rmtree(folder / arm)
+        for file in (folder / "evaluation").glob(f"{arm}*"):
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("selection", "names"),
+    [
+        ({"method": "p(1-p)", "share": 0.5}, ["full", "random", "p1-p"]),
+        ({"method": "random", "count": 3}, ["full", "random"]),
+    ],
+)
+def test_any_method_can_select(finished, tmp_path, selection, names, capsys):
+    cfg, _ = finished
+    shutil.copytree(cfg.folder, tmp_path / "run")
+    without_the_selected_arms(tmp_path / "run")
+    again = config(cfg.policy.path, tmp_path / "run", **{"threshold": None, "variant": "limr"} | selection)
+    result = run_pipeline(again, Console(width=400), resume=True)
+    summary = json.loads((again.folder / "summary.json").read_text())
+    assert list(result.arms) == names
+    assert [name for name in summary if name.endswith("_accuracy")] == [
+        "base_accuracy",
+        *(f"{n}_accuracy" for n in names),
+    ]
+    kept = (again.folder / "selection" / f"{names[-1]}_ids.txt").read_text().split()
+    assert summary["samples"] == {"full": 8, "random": len(kept), names[-1]: len(kept)}
+    assert f"{selection['method']} keeps {len(kept)} of 8 samples: " in capsys.readouterr().out
+    assert "Grader health" in (again.folder / "selection" / "report.html").read_text()
+
+
+def test_what_not_to_trust_is_said(finished, tmp_path, capsys):
+    """A run that is never right has an average of 0, and LIM keeps what was never right."""
+    cfg, _ = finished
+    shutil.copytree(cfg.folder, tmp_path / "run")
+    without_the_selected_arms(tmp_path / "run")
+    again = config(cfg.policy.path, tmp_path / "run", variant="limr", threshold=None)
+    result = run_pipeline(again, Console(width=400), resume=True)
+    assert "never answered right" in capsys.readouterr().out
+    assert "never answered right" in result.summary()["selection"]["warnings"][0]
+
+
+def test_a_prerun_that_does_not_see_everything_is_refused(policy_path, tmp_path):
+    with pytest.raises(InputError, match="raise it to at least 2"):
+        run_pipeline(config(policy_path, tmp_path, prerun_steps=1), Console(quiet=True))

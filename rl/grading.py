@@ -29,11 +29,21 @@ def load_shaping(name: str) -> Shaping:
     return found
 
 
-def grade_group(group: Group, grader: Grader, shape: Shaping) -> Group:
-    """Fill in verdicts and rewards of a group's completions."""
+def grade_group(group: Group, grader: Grader, shape: Shaping, *, max_tokens: int = 0, buffer: int = 0) -> Group:
+    """Fill in verdicts and rewards of a group's completions.
+
+    Args:
+        max_tokens, buffer: of the soft overlong penalty added to each reward; buffer 0 adds none.
+    """
     verdicts = grader.grade_many([(completion.text, group.prompt.gold) for completion in group.completions])
     group.correct = [verdict.correct for verdict in verdicts]
     group.reasons = [verdict.reason for verdict in verdicts]
     group.answers = [verdict.answer for verdict in verdicts]
     group.rewards = [float(shape(v, c.text, c.truncated)) for v, c in zip(verdicts, group.completions, strict=True)]
+    if buffer:
+        lengths = [len(completion.token_ids) for completion in group.completions]
+        group.rewards = [
+            reward + shaping.overlong_penalty(length, max_tokens, buffer)
+            for reward, length in zip(group.rewards, lengths, strict=True)
+        ]
     return group

@@ -124,7 +124,9 @@ class Roles:
             )
         if learner:
             address = ray.get(roles.learners[0].address.remote())
-            joining = roles._learn("join", *((rank, settings.workers, address, config) for rank in range(settings.workers)))
+            joining = roles._learn(
+                "join", *((rank, settings.workers, address, config) for rank in range(settings.workers))
+            )
             ray.get(joining)
         return roles
 

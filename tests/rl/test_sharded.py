@@ -1,10 +1,12 @@
 """Two sharded learner processes (FSDP2 over gloo) give what one gives, and their checkpoint loads into either number."""
 
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 
 from plumbline.models.load import load_policy
 from plumbline.rl import learner_state
@@ -53,20 +55,19 @@ def steps(learner, first, last):
     return [learner.update(batch(step)) for step in range(first, last)]
 
 
-def worker(rank, address, policy_path, kind, folder, queue):
+def worker(rank, address, policy_path, kind, folder):
+    """One of two processes; this file is their program."""
     torch.set_num_threads(1)
     ranks = Ranks.join(rank, 2, address, "cpu", 300)
     learner = Learner(config(policy_path, kind), "cpu", ranks)
     metrics = steps(learner, 0, 2)
-    (folder / "two").mkdir(exist_ok=True)
     learner_state.save(learner, folder / "two")
-    torch.distributed.barrier()
     again = Learner(config(policy_path, kind), "cpu", ranks)
     learner_state.load(again, folder / "one")
     metrics += steps(again, 2, 4)
     weights = learner_state.policy_weights(again)
     if rank == 0:
-        queue.put((metrics, {name: tensor.numpy() for name, tensor in weights.items()}))
+        torch.save({"metrics": metrics, "weights": weights}, folder / "result.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -74,22 +75,22 @@ def worker(rank, address, policy_path, kind, folder, queue):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_equal_one(kind, policy_path, tmp_path):
     torch.set_num_threads(1)
-    one = Learner(config(policy_path, kind), "cpu")
-    metrics = steps(one, 0, 2)
-    (tmp_path / "one").mkdir()
-    learner_state.save(one, tmp_path / "one")
-    metrics += steps(one, 2, 4)
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    queue = processes.get_context("fork").SimpleQueue()
-    arguments = (address, policy_path, kind, tmp_path, queue)
-    group = processes.start_processes(worker, arguments, nprocs=2, join=False, start_method="fork")
-    sharded, weights = queue.get()
-    while not group.join(60):
-        pass
-    for a, b in zip(metrics, sharded, strict=True):
+    one = Learner(config(policy_path, kind), "cpu")
+    metrics = steps(one, 0, 2)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    learner_state.save(one, tmp_path / "one")
+    metrics += steps(one, 2, 4)
+
+    program = [sys.executable, __file__, address, policy_path, kind, str(tmp_path)]
+    both = [subprocess.Popen([*program, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    errors = [process.communicate(timeout=600)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    for a, b in zip(metrics, result["metrics"], strict=True):
         for name in ("learner/loss", "learner/gradient_norm", "learner/entropy", "learner/ratio_max"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
     resumed = Learner(config(policy_path, kind), "cpu")
@@ -100,5 +101,10 @@ def test_two_ranks_equal_one(kind, policy_path, tmp_path):
     for name, parameter in start.named_parameters():
         # AdamW turns the rounding of a gradient near zero into a step of full size; hence a share of the way moved.
         way = (straight[name] - parameter).norm() + 1e-9
-        assert (torch.from_numpy(weights[name]) - straight[name]).norm() <= 1e-2 * way, name
+        assert (result["weights"][name] - straight[name]).norm() <= 1e-2 * way, name
         assert (from_two[name] - straight[name]).norm() <= 1e-2 * way, name
+
+
+if __name__ == "__main__":
+    address, policy_path, kind, folder, rank = sys.argv[1:]
+    worker(int(rank), address, policy_path, kind, Path(folder))

@@ -50,7 +50,7 @@ class RolloutWorker:
         device = pick_device(config.policy.device)
         codec = Codec(path, overrides=config.prompt)
         attention = config.policy.attention if policy_path is None else None
-        self.engine = None  # an earlier run's weights and cache must be gone before the next are made
+        self.__dict__.pop("engine", None)  # an earlier run's weights and cache must be gone before the next are made
         self.engine = make_engine(config, path, attention, codec, device)
         return device
 

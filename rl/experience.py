@@ -10,7 +10,7 @@ from torch import Tensor
 from plumbline.rl import advantages as estimators
 from plumbline.rl.batch import TrainingBatch
 from plumbline.rl.config import AlgorithmSection
-from plumbline.rl.losses import rollout_correction
+from plumbline.rl.losses import kl_penalty, rollout_correction
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ def make_experience(
         reference_logprobs: when there is a KL penalty.
         values: when there is a critic.
     """
-    from plumbline.rl.losses import kl_penalty
-
     rewards = torch.tensor(batch.rewards, dtype=torch.float32, device=mask.device)
     divergence = None
     if reference_logprobs is not None and algorithm.kl_in == "reward":

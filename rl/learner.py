@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plumbline.models.load import load_policy
+from plumbline.models.load import load_policy, policy_config
 from plumbline.models.policy import Policy
 from plumbline.models.value import ValueModel
 from plumbline.rl.batch import TrainingBatch
 from plumbline.rl.clipping import GlobalClipper, make_clipper
 from plumbline.rl.config import RunConfig
-from plumbline.rl.distributed import Ranks
+from plumbline.rl.distributed import Ranks, refuse_sparse
 from plumbline.rl.experience import Experience, make_experience
 from plumbline.rl.liger import use_liger
 from plumbline.rl.logprobs import token_logprobs
@@ -43,6 +43,8 @@ class Learner:
         self.config, self.device, self.ranks = config, device, ranks or Ranks()
         algorithm, settings = config.algorithm, config.learner
         self.half = settings.precision == "bfloat16"
+        if self.ranks.size > 1:
+            refuse_sparse(policy_config(config.policy.path, attention=config.policy.attention).attention)
         # Dropout and initialisation of new tensors (a converted checkpoint's phi, adapters) draw from the run's seed.
         torch.manual_seed(config.seed)
         self.policy = self._load(config.policy.path)

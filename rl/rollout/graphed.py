@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from plumbline.kernels.decode import State, draw_tokens
 from plumbline.models.cache import PolicyCache
 from plumbline.models.policy import Policy
 from plumbline.rl.batch import Sampling
-from plumbline.rl.rollout.steps import make_step
+from plumbline.rl.rollout.steps import DenseStep
 
 # Rows of a captured step; a batch runs in the smallest that holds it.
 WIDTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -54,10 +56,10 @@ class Decoder:
             logprobs=zeros(slots + 1, limit, dtype=torch.float32),
             end_ids=torch.tensor(end_ids, device=device),
         )
-        self.step = make_step(policy)
+        self.step = DenseStep(policy)
         self.rows = {width: zeros(width) for width in WIDTHS if width < 2 * slots or width == WIDTHS[0]}
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool = None
+        self.pool: Any = None  # the graphs' memory: one pool, since they run one after the other
 
     def begin(self, slots: Tensor, keys: Tensor, logits: Tensor) -> None:
         """Slots [n] hold prompts that were read; logits [n, vocab] are those of their last tokens. Draws the first token."""

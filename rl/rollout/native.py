@@ -70,7 +70,8 @@ class NativeEngine:
         self.slots = slots
         self.device = device
         self.version = 0
-        self.on_device = device.startswith("cuda")
+        # NSA's decode plan asks the device for lengths, which a captured step cannot.
+        self.on_device = device.startswith("cuda") and self.policy.config.attention == "full"
         self.decoder: Decoder | None = None
 
     def load_weights(self, version: int, tensors: dict[str, Tensor]) -> None:
@@ -96,7 +97,7 @@ class NativeEngine:
         """Leave the GPU to others: weights to the host, cache and graphs dropped."""
         self.decoder = None
         self.policy.to("cpu")
-        if self.on_device:
+        if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
     def wake(self) -> None:

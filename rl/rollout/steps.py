@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plumbline.kernels import decode
-from plumbline.kernels.nsa import DecodePlan
 from plumbline.models.cache import PolicyCache
 from plumbline.models.policy import Policy
-
-
-class Step(Protocol):
-    """Reads one token a row into the cache at each slot's length (without advancing it)."""
-
-    def __call__(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
-        """slots, tokens [R] int64 -> logits [R, vocab]."""
-        ...
-
-
-def make_step(policy: Policy) -> Step:
-    """The step for the policy's attention."""
-    return SparseStep(policy) if policy.config.attention == "nsa" else DenseStep(policy)
 
 
 class DenseStep:
@@ -56,6 +42,7 @@ class DenseStep:
         x = model.embed_tokens(tokens)
         cos, sin = (part.squeeze(1) for part in model.rope(lengths[slots], torch.float32))
         delta = None
+        store: Any
         for (layer, qkv_weight, qkv_bias, both_weight), store in zip(self.layers, cache.layers, strict=True):
             attention, before, after = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
             normed = decode.add_rms_norm(x, delta, before.weight, before.eps)
@@ -69,25 +56,6 @@ class DenseStep:
             normed = decode.add_rms_norm(x, delta, after.weight, after.eps)
             delta = layer.mlp.down_proj(decode.silu_mul(F.linear(normed, both_weight)))
         return self.policy.lm_head(decode.add_rms_norm(x, delta, model.norm.weight, model.norm.eps))
-
-
-class SparseStep:
-    """NSA: the policy's own layers, under a plan that is told the longest length instead of asking the device."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def __call__(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
-        model = self.policy.model
-        plan = DecodePlan(
-            slots, cache.lengths[slots], self.policy.config.nsa_config, cache.max_length, longest=cache.max_length
-        )
-        x = model.embed_tokens(tokens)
-        cos, sin = model.rope(plan.position, x.dtype)
-        layer: Any
-        for layer, store in zip(model.layers, cache.layers, strict=True):
-            x = layer.step(x, cos, sin, store, plan)
-        return self.policy.lm_head(model.norm(x))
 
 
 def _joined(linears: list[nn.Linear], name: str) -> Tensor | None:

@@ -64,6 +64,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(config)
         self.gradient_checkpointing = False
+        # Of the residual stream. None: the embedding's, which under autocast is the weights' float32.
+        self.residual_dtype: torch.dtype | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         """What transformers' trainers call on the base model: see read_batch."""
@@ -128,6 +130,8 @@ class Decoder(nn.Module):
             packed if packed.uniform else Layout(torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * length)
         )
         x = self.embed_tokens(ids)
+        if self.residual_dtype is not None:
+            x = x.to(self.residual_dtype)
         positions = torch.arange(length, device=ids.device).repeat(batch)
         cos, sin = self.rope(positions, x.dtype, packed.lengths.repeat_interleave(length))
         for number, layer in enumerate(self.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class RolloutWorker:
     def begin(self, config: RunConfig, policy_path: str | None = None) -> str:
         """Load the starting policy of a run (or any other to evaluate). Returns the device."""
         from plumbline.rl.device import pick_device
-        from plumbline.rl.rollout.native import NativeEngine
+        from plumbline.rl.rollout import make_engine
         from plumbline.rl.text import Codec
 
         _set_up(config.rollout.threads_per_worker)
@@ -49,7 +50,8 @@ class RolloutWorker:
         device = pick_device(config.policy.device)
         codec = Codec(path, overrides=config.prompt)
         attention = config.policy.attention if policy_path is None else None
-        self.engine = NativeEngine(path, attention=attention, codec=codec, slots=config.rollout.slots, device=device)
+        self.__dict__.pop("engine", None)  # an earlier run's weights and cache must be gone before the next are made
+        self.engine = make_engine(config, path, attention, codec, device)
         return device
 
     def load_weights(self, version: int, arrays: dict[str, np.ndarray]) -> float:
@@ -60,6 +62,8 @@ class RolloutWorker:
             # The arrays are read-only views of the object store; they are copied from, never written.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        # NumPy has no bfloat16: such weights travel as the integers of their bits.
+        tensors = {name: t.view(torch.bfloat16) if t.dtype == torch.int16 else t for name, t in tensors.items()}
         self.engine.load_weights(version, tensors)
         return self.engine.checksum()
 
@@ -105,25 +109,39 @@ class RewardWorker:
 
 @ray.remote
 class LearnerWorker:
-    """Owns the learner."""
+    """One of the learner's processes. Every method is called on all of them at once."""
+
+    def address(self) -> str:
+        """host:port where the learner's processes can meet."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def join(self, rank: int, size: int, address: str, config: RunConfig) -> None:
+        """Meet the other processes; raises when they do not come within ray.start_timeout_seconds."""
+        from plumbline.rl.device import pick_device
+        from plumbline.rl.distributed import Ranks
+
+        self.device = pick_device(config.policy.device)
+        self.ranks = Ranks.join(rank, size, address, self.device, config.ray.start_timeout_seconds)
 
     def __repr__(self) -> str:
         return actor_name()
 
     def begin(self, config: RunConfig) -> str:
         """Load the starting policy with a fresh optimizer. Returns the device."""
-        from plumbline.rl.device import pick_device
         from plumbline.rl.learner import Learner
         from plumbline.rl.text import Codec
 
         _set_up(config.learner.threads)
-        device = pick_device(config.policy.device)
-        self.learner = Learner(config, device)
+        self.learner = Learner(config, self.device, self.ranks)
         self.codec = Codec(config.policy.path, overrides=config.prompt)
-        return device
+        return self.device
 
     def load(self, folder: str) -> None:
-        self.learner.load(Path(folder))
+        from plumbline.rl import learner_state
+
+        learner_state.load(self.learner, Path(folder))
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
         began = time.monotonic()
@@ -133,17 +151,24 @@ class LearnerWorker:
 
     def publish(self) -> dict[str, Any]:
         """{version, arrays, checksum}: arrays go to the object store once and are shared by all rollout workers."""
-        weights = self.learner.weights()
-        arrays = {name: tensor.cpu().numpy() for name, tensor in weights.items()}
-        checksum = sum(tensor.double().abs().sum().item() for tensor in weights.values())
+        import torch
+
+        from plumbline.rl import learner_state
+
+        weights = learner_state.policy_weights(self.learner)
+        if self.ranks.rank:
+            return {}
+        half = self.learner.config.rollout.precision == "bfloat16"
+        if half:
+            weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+        checksum = torch.stack([tensor.abs().sum(dtype=torch.float64) for tensor in weights.values()]).sum().item()
+        arrays = {name: (t.view(torch.int16) if half else t).cpu().numpy() for name, t in weights.items()}
         return {"version": self.learner.version, "arrays": arrays, "checksum": checksum}
 
     def save(self, folder: str) -> None:
         """Write folder/policy (a Hugging Face folder with tokenizer and prompt style) and folder/learner.pt."""
-        import torch
+        from plumbline.rl import learner_state
 
-        target = Path(folder) / "policy"
-        target.mkdir(parents=True)
-        self.learner.policy.save_pretrained(target)
-        self.codec.save(target)
-        torch.save(self.learner.state_dict(), Path(folder) / "learner.pt")
+        learner_state.save(self.learner, Path(folder))
+        if self.ranks.rank == 0:
+            self.codec.save(Path(folder) / "policy")

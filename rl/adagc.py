@@ -66,7 +66,7 @@ class AdaptiveGradientClipper:
         found = [(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
         if not found:
             return torch.zeros(())
-        norms = [_whole_norm(grad) for _, grad in found]
+        norms = [whole_norm(grad) for _, grad in found]
         total = torch.stack(norms).norm()
         if not torch.isfinite(total):
             return total
@@ -100,7 +100,8 @@ class AdaptiveGradientClipper:
         self.gamma = {name: value.clone() for name, value in state["gamma"].items()}
 
 
-def _whole_norm(grad: Tensor) -> Tensor:
+def whole_norm(grad: Tensor) -> Tensor:
+    """Norm of a gradient in float32 or wider; of the whole tensor where the gradient is a shard (DTensor)."""
     norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     # A DTensor's norm is still a partial sum on each rank until it is made whole.
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

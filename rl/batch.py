@@ -84,14 +84,14 @@ class TrainingBatch:
     Attributes:
         prompt_ids, completion_ids: token ids.
         logprobs: sampling log-probabilities of the completion's tokens.
-        advantages: one a completion.
+        rewards: one a completion.
         group_size: completions a prompt.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     logprobs: list[list[float]]
-    advantages: list[float]
+    rewards: list[float]
     group_size: int
 
     def __len__(self) -> int:

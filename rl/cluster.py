@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from ray.job_config import JobConfig
 
 from plumbline.errors import InputError
 from plumbline.rl.actors import LearnerWorker, RewardWorker, RolloutWorker
-from plumbline.rl.batch import Group, Prompt, Sampling
+from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig
 from plumbline.rl.monitoring.job import actor_namer, job_metadata, show_on_job_page
 from plumbline.rl.monitoring.publish import publish_grading_queue
@@ -76,7 +77,7 @@ def _booked_cpus(config: RunConfig) -> int:
     booked = (
         config.rollout.workers * config.rollout.cpus_per_worker
         + config.reward.workers * config.reward.cpus_per_worker
-        + config.learner.cpus
+        + config.learner.workers * config.learner.cpus
     )
     return int(-(-booked // 1))
 
@@ -89,7 +90,7 @@ class Roles:
     owns_ray: bool
     rollout: list[Any] = field(default_factory=list)
     reward: list[Any] = field(default_factory=list)
-    learner: Any = None
+    learners: list[Any] = field(default_factory=list)
 
     @classmethod
     def start(cls, config: RunConfig, *, learner: bool = True) -> Roles:
@@ -107,10 +108,10 @@ class Roles:
         for number in range(reward.workers):
             options = {"num_cpus": reward.cpus_per_worker, "name": name("reward", number)}
             roles.reward.append(reward_actor.options(**options).remote(config))
-        if learner:
-            options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "name": name("learner", 0)}
-            roles.learner = learner_actor.options(**options).remote()
-        actors = [*roles.rollout, *roles.reward, *([roles.learner] if learner else [])]
+        for number in range(settings.workers if learner else 0):
+            options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "name": name("learner", number)}
+            roles.learners.append(learner_actor.options(**options).remote())
+        actors = [*roles.rollout, *roles.reward, *roles.learners]
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, pending = ray.wait(ready, num_returns=len(ready), timeout=config.ray.start_timeout_seconds)
         ray.get(done)
@@ -121,12 +122,35 @@ class Roles:
                 f"{len(pending)} of {len(ready)} actors did not start within {config.ray.start_timeout_seconds:g} s "
                 f"(free in the cluster: {free}); lower rollout.workers or *.cpus_per_worker / *.gpus_per_worker"
             )
+        if learner:
+            address = ray.get(roles.learners[0].address.remote())
+            joining = roles._learn(
+                "join", *((rank, settings.workers, address, config) for rank in range(settings.workers))
+            )
+            ray.get(joining)
         return roles
+
+    def _learn(self, method: str, *arguments: tuple[Any, ...]) -> list[Any]:
+        """Call a method on every learner process at once, with one tuple of arguments for all or one each; their results to come."""
+        each = arguments * len(self.learners) if len(arguments) == 1 else arguments
+        return [getattr(learner, method).remote(*a) for learner, a in zip(self.learners, each, strict=True)]
+
+    def update(self, batch: TrainingBatch) -> list[Any]:
+        """Start one training step of the learner; the metrics to come, the same from every process."""
+        return self._learn("update", (ray.put(batch),))
+
+    def load(self, folder: Path) -> None:
+        """Learner's state from a checkpoint."""
+        ray.get(self._learn("load", (str(folder.resolve()),)))
+
+    def save(self, folder: Path) -> None:
+        """Learner's state into a checkpoint."""
+        ray.get(self._learn("save", (str(folder.resolve()),)))
 
     def begin(self, config: RunConfig) -> None:
         """Load the run's starting policy everywhere."""
         self.config = config
-        ray.get([self.learner.begin.remote(config), *[worker.begin.remote(config) for worker in self.rollout]])
+        ray.get([worker.begin.remote(config) for worker in [*self.learners, *self.rollout]])
 
     def begin_evaluation(self, config: RunConfig, policy_path: str | None) -> None:
         """Load one policy into the rollout workers alone."""
@@ -135,7 +159,7 @@ class Roles:
 
     def sync(self) -> int:
         """Learner's weights to every rollout worker; checks that they arrived whole. Returns their version."""
-        published = ray.get(self.learner.publish.remote())
+        published = ray.get(self._learn("publish", ()))[0]
         arrays = ray.put(published["arrays"])
         checksums = ray.get([worker.load_weights.remote(published["version"], arrays) for worker in self.rollout])
         for checksum in checksums:
@@ -190,7 +214,7 @@ class Roles:
             return
         closing = [worker.close.remote() for worker in self.reward]
         ray.wait(closing, num_returns=len(closing), timeout=10) if closing else None
-        for actor in [*self.rollout, *self.reward, *([self.learner] if self.learner else [])]:
+        for actor in [*self.rollout, *self.reward, *self.learners]:
             ray.kill(actor)
         if self.owns_ray:
             ray.shutdown()

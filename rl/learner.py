@@ -1,23 +1,29 @@
-"""The learner: turns a batch of graded completions into an optimizer step. It knows nothing of Ray."""
+"""The learner: turns a batch of graded completions into optimizer steps. It knows nothing of Ray."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plumbline.errors import InputError
-from plumbline.models.load import load_policy
-from plumbline.rl.adagc import AdaptiveGradientClipper
+from plumbline.models.load import load_policy, policy_config
+from plumbline.models.policy import Policy
+from plumbline.models.value import ValueModel
 from plumbline.rl.batch import TrainingBatch
+from plumbline.rl.clipping import GlobalClipper, make_clipper
 from plumbline.rl.config import RunConfig
+from plumbline.rl.distributed import Ranks, refuse_sparse
+from plumbline.rl.experience import Experience, make_experience
+from plumbline.rl.liger import use_liger
 from plumbline.rl.logprobs import token_logprobs
-from plumbline.rl.losses import LossConfig, kl_penalty, policy_loss
-from plumbline.rl.losses.policy import aggregate
+from plumbline.rl.lora import add_adapters, without_adapters
+from plumbline.rl.losses import LossConfig, aggregate, kl_penalty, policy_loss, value_loss
+from plumbline.rl.losses.ratio import importance_ratio
+from plumbline.rl.packing import Packed, completion_mask, microbatches, pack, padded
 
 
 class NonFiniteGradients(RuntimeError):
@@ -25,76 +31,123 @@ class NonFiniteGradients(RuntimeError):
 
 
 class Learner:
-    """Policy, optimizer and gradient clipping of one training run.
+    """Policy, critic, optimizers and gradient clipping of one training run.
 
     Args:
         config: the run's.
         device: torch device string.
+        ranks: this process among the learner's; every method must then be called on every rank with the same arguments.
     """
 
-    def __init__(self, config: RunConfig, device: str) -> None:
-        self.config = config
-        self.device = device
-        # Dropout and initialisation of new tensors (a converted checkpoint's phi) draw from the run's seed.
+    def __init__(self, config: RunConfig, device: str, ranks: Ranks | None = None) -> None:
+        self.config, self.device, self.ranks = config, device, ranks or Ranks()
+        algorithm, settings = config.algorithm, config.learner
+        self.half = settings.precision == "bfloat16"
+        if self.ranks.size > 1:
+            refuse_sparse(policy_config(config.policy.path, attention=config.policy.attention).attention)
+        # Dropout and initialisation of new tensors (a converted checkpoint's phi, adapters) draw from the run's seed.
         torch.manual_seed(config.seed)
-        self.policy = load_policy(
-            config.policy.path, attention=config.policy.attention, dtype=torch.float32, device=device
-        )
-        self.policy.train()
-        if config.learner.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable()
-        self.reference = None
-        if config.algorithm.kl_coefficient > 0:
-            self.reference = load_policy(
-                config.policy.path, attention=config.policy.attention, dtype=torch.float32, device=device
-            )
-            self.reference.requires_grad_(False).eval()
-        settings = config.learner
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        updates = config.steps * settings.epochs * settings.minibatches
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: _schedule(step, updates, config)
-        )
-        self.adagc: AdaptiveGradientClipper | None = None
-        if settings.clipping.method == "adagc":
-            clipping = settings.clipping
-            self.adagc = AdaptiveGradientClipper(
-                self.policy.named_parameters(),
-                clipping.max_norm,
-                clipping.relative,
-                clipping.beta,
-                clipping.warmup_steps,
-            )
+        self.policy = self._load(config.policy.path)
+        if settings.lora.rank:
+            add_adapters(self.policy, settings.lora)
+        if settings.liger:
+            use_liger(self.policy)
+        self.ranks.shard(self.policy, bfloat16=self.half)
+        self.reference: Policy | None = None
+        if algorithm.kl_coefficient > 0 and not settings.lora.rank:
+            self.reference = self._load(config.policy.path).requires_grad_(False).eval()
+            self.ranks.shard(self.reference, bfloat16=self.half)
+        self.critic: ValueModel | None = None
+        if algorithm.advantage == "gae":
+            self.critic = ValueModel(self._load(algorithm.critic.path or config.policy.path))
+            self.ranks.shard(self.critic, bfloat16=self.half)
+        for model in (self.policy, self.critic):
+            if model is not None:
+                model.train()
+                if settings.gradient_checkpointing:
+                    model.gradient_checkpointing_enable()
+        self.optimizer, self.scheduler = self._optimizer(self.policy, settings.learning_rate)
+        self.clipper = make_clipper(settings.clipping, self.policy)
+        if self.critic is not None:
+            self.critic_optimizer, self.critic_scheduler = self._optimizer(self.critic, algorithm.critic.learning_rate)
+            self.critic_clipper = GlobalClipper(self.critic, algorithm.critic.max_norm)
         self.version = 0
         self.skipped_in_a_row = 0
+
+    def _load(self, path: str) -> Policy:
+        policy = load_policy(path, attention=self.config.policy.attention, dtype=torch.float32, device=self.device)
+        if self.half:
+            # As in the rollout engine, so that the two disagree less; and half the traffic.
+            policy.model.residual_dtype = torch.bfloat16
+        return policy
+
+    def _optimizer(
+        self, model: torch.nn.Module, learning_rate: float
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        settings = self.config.learner
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        updates = self.config.steps * settings.epochs * settings.minibatches
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, updates, self.config))
+        return optimizer, schedule
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
         """Train on one step's batch: `epochs` passes of `minibatches` optimizer steps each. Returns mean metrics."""
         settings = self.config.learner
         totals: dict[str, list[float]] = defaultdict(list)
+        experience = self.prepare(batch)
         groups = len(batch) // batch.group_size
+        # A step of dynamic sampling may bring fewer groups than minibatches.
+        shares = min(settings.minibatches, groups)
         for _ in range(settings.epochs):
-            for share in range(settings.minibatches):
-                first, last = groups * share // settings.minibatches, groups * (share + 1) // settings.minibatches
+            for share in range(shares):
+                first, last = groups * share // shares, groups * (share + 1) // shares
                 rows = list(range(first * batch.group_size, last * batch.group_size))
-                for name, value in self._optimizer_step(batch, rows).items():
+                for name, value in self._optimizer_step(experience, rows).items():
                     totals[name].append(value)
         self.version += 1
         metrics = {name: sum(values) / len(values) for name, values in totals.items()}
         metrics["learner/skipped_steps"] = sum(totals["learner/skipped_steps"])
         metrics["learner/ratio_max"] = max(totals["learner/ratio_max"])
-        return metrics
+        return metrics | self._experience_metrics(experience)
 
-    def _optimizer_step(self, batch: TrainingBatch, rows: list[int]) -> dict[str, float]:
-        algorithm, settings = self.config.algorithm, self.config.learner
+    def prepare(self, batch: TrainingBatch) -> Experience:
+        """What the losses need beside the current log-probabilities: see Experience. Forward passes only where needed."""
+        algorithm = self.config.algorithm
+        mask = completion_mask([len(ids) for ids in batch.completion_ids], self.device)
+        old = reference = values = None
+        if algorithm.correction.method != "none":
+            old = self._score(batch, mask, lambda packed: self._logprobs(self.policy, packed)[0])
+        if algorithm.kl_coefficient > 0:
+            with without_adapters(self.policy) if self.reference is None else nullcontext():
+                model = self.reference or self.policy
+                reference = self._score(batch, mask, lambda packed: self._logprobs(model, packed)[0])
+        if self.critic is not None:
+            values = self._score(batch, mask, self._values)
+        rollout = padded(batch.logprobs, self.device)
+        return make_experience(
+            algorithm, batch, mask, rollout, old_logprobs=old, reference_logprobs=reference, values=values
+        )
+
+    @torch.no_grad()
+    def _score(self, batch: TrainingBatch, mask: Tensor, forward: Any) -> Tensor:
+        """forward(packed) -> one number a completion token, over the whole batch: [n, W], the same on every rank."""
+        result = torch.zeros(mask.shape, device=self.device)
+        parts = microbatches(batch, list(range(len(batch))), self.config.learner.tokens_per_microbatch)
+        for micro, counts in self.ranks.share(parts):
+            packed = pack(batch, micro, self.device)
+            values = packed.spread(forward(packed))
+            if counts:
+                result[micro, : values.shape[1]] = values
+        return self.ranks.sum(result)
+
+    def _optimizer_step(self, experience: Experience, rows: list[int]) -> dict[str, float]:
+        algorithm, settings, batch = self.config.algorithm, self.config.learner, experience.batch
         tokens = sum(len(batch.completion_ids[row]) for row in rows)
         loss_config = LossConfig(
+            surrogate=algorithm.surrogate,
             ratio=algorithm.ratio,
             aggregation=algorithm.aggregation,
             clip_low=algorithm.clip_low,
@@ -102,168 +155,146 @@ class Learner:
             max_length=self.config.rollout.max_new_tokens,
             normalizer=float(tokens if algorithm.aggregation == "token" else len(rows)),
         )
-        if self.reference is None:
+        kl_in_loss = algorithm.kl_coefficient > 0 and algorithm.kl_in == "loss"
+        if not kl_in_loss and algorithm.entropy_coefficient == 0 and self.critic is None:
             # A completion of zero advantage has no gradient: not computing it changes nothing but the time. One row
             # stays in any case, so that a step without signal still has (zero) gradients.
-            rows = [row for row in rows if batch.advantages[row] != 0] or rows[:1]
-            tokens = sum(len(batch.completion_ids[row]) for row in rows)
+            signal = (experience.advantages[rows] != 0).any(1).tolist()
+            rows = [row for row, has in zip(rows, signal, strict=True) if has] or rows[:1]
+        seen = sum(len(batch.completion_ids[row]) for row in rows)
         sums: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in microbatches(batch, rows, settings.tokens_per_microbatch):
-            loss, stats, share = self._forward(batch, micro, loss_config, tokens)
-            loss.backward()
-            sums["learner/loss"] += loss.item()
-            for name, value in stats.items():
-                key = f"learner/{name}"
+        if self.critic is not None:
+            self.critic_optimizer.zero_grad(set_to_none=True)
+        for micro, counts in self.ranks.share(microbatches(batch, rows, settings.tokens_per_microbatch)):
+            packed = pack(batch, micro, self.device)
+            loss, stats = self._policy_loss(experience, packed, loss_config, tokens)
+            # Sharded gradients come out as the mean over ranks; a repeated microbatch keeps ranks in step and weighs nothing.
+            scale = self.ranks.size if counts else 0
+            (loss * scale).backward()
+            if self.critic is not None:
+                critic_loss = self._value_loss(experience, packed, tokens)
+                (critic_loss * scale).backward()
+                stats["critic_loss_sum"] = critic_loss.detach()
+            stats["loss_sum"] = loss.detach()
+            share = packed.mask.sum().item() / seen if counts else 0.0
+            values = torch.stack(list(stats.values())).tolist()
+            for name, value in zip(stats, values, strict=True):
+                key = f"learner/{name.removesuffix('_sum')}"
                 if name.endswith("_max"):
-                    sums[key] = max(sums[key], value.item())
+                    sums[key] = max(sums[key], value * bool(counts))
                 else:
-                    sums[key] += value.item() * share
-        norm = self._clip()
-        sums["learner/gradient_norm"] = norm
+                    sums[key] += value * (float(counts) if name.endswith("_sum") else share)
+        sums = self.ranks.combine(dict(sums), self.device)
         sums["learner/learning_rate"] = float(self.scheduler.get_last_lr()[0])
-        sums["learner/skipped_steps"] = 0.0
-        if math.isfinite(norm):
+        norm = sums["learner/gradient_norm"] = self.clipper.clip().item()
+        finite = math.isfinite(norm)
+        if self.critic is not None:
+            critic_norm = sums["learner/critic_gradient_norm"] = self.critic_clipper.clip().item()
+            finite = finite and math.isfinite(critic_norm)
+        self._step(finite)
+        sums["learner/skipped_steps"] = float(not finite)
+        return sums
+
+    def _step(self, finite: bool) -> None:
+        """One step of the optimizers, or of the schedules alone after a gradient that is not finite."""
+        if finite:
             self.optimizer.step()
+            if self.critic is not None:
+                self.critic_optimizer.step()
             self.skipped_in_a_row = 0
         else:
-            sums["learner/skipped_steps"] = 1.0
             self.skipped_in_a_row += 1
-            if self.skipped_in_a_row > settings.max_skipped_steps:
+            limit = self.config.learner.max_skipped_steps
+            if self.skipped_in_a_row > limit:
                 raise NonFiniteGradients(
                     f"{self.skipped_in_a_row} optimizer steps in a row had a NaN or Inf gradient "
-                    f"(learner.max_skipped_steps is {settings.max_skipped_steps}); lower learner.learning_rate or look at the last batch"
+                    f"(learner.max_skipped_steps is {limit}); lower learner.learning_rate or look at the last batch"
                 )
         self.scheduler.step()
-        return dict(sums)
+        if self.critic is not None:
+            self.critic_scheduler.step()
 
-    def _forward(
-        self, batch: TrainingBatch, micro: list[int], loss_config: LossConfig, tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Loss of one microbatch (already over the whole minibatch's denominator), its stats and its share of tokens."""
-        ids, cu_seqlens, predict, targets = pack(batch, micro, self.device)
-        width = max(len(batch.completion_ids[row]) for row in micro)
-        lengths = torch.tensor([len(batch.completion_ids[row]) for row in micro], device=self.device)
-        mask = torch.arange(width, device=self.device)[None] < lengths[:, None]
-        logprobs, entropy = self._logprobs(self.policy, ids, cu_seqlens, predict, targets)
-        current = logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
-        old = torch.zeros(mask.shape)
-        for row, index in enumerate(micro):
-            old[row, : len(batch.logprobs[index])] = torch.tensor(batch.logprobs[index])
-        old = old.to(self.device)
-        advantages = torch.tensor([batch.advantages[index] for index in micro], dtype=torch.float32, device=self.device)
-        loss, stats = policy_loss(current, old, advantages, mask, loss_config)
-        stats["entropy"] = entropy.mean()
-        if self.reference is not None:
-            with torch.no_grad():
-                reference, _ = self._logprobs(self.reference, ids, cu_seqlens, predict, targets)
-            reference = reference.new_zeros(mask.shape).masked_scatter(mask, reference)
-            divergence = kl_penalty(current, reference, self.config.algorithm.kl_estimator)
-            loss = loss + self.config.algorithm.kl_coefficient * aggregate(divergence, mask, loss_config)
+    def _policy_loss(
+        self, experience: Experience, packed: Packed, loss_config: LossConfig, tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one microbatch, already over the whole minibatch's denominator, and its stats."""
+        algorithm, mask, rows = self.config.algorithm, packed.mask, packed.rows
+        width = mask.shape[1]
+
+        def part(tensor: Tensor) -> Tensor:
+            return tensor[rows, :width] if tensor.shape[1] > 1 else tensor[rows]
+
+        bonus = algorithm.entropy_coefficient
+        logprobs, entropy = self._logprobs(self.policy, packed, entropy_gradient=bonus > 0)
+        current = packed.spread(logprobs)
+        weights = None if experience.weights is None else part(experience.weights)
+        loss, stats = policy_loss(
+            current, part(experience.old_logprobs), part(experience.advantages), mask, loss_config, weights=weights
+        )
+        stats["entropy"] = entropy.detach().mean()
+        if bonus > 0:
+            loss = loss - bonus * aggregate(packed.spread(entropy), mask, "token", normalizer=float(tokens))
+        if experience.reference_logprobs is not None:
+            divergence = kl_penalty(current, part(experience.reference_logprobs), algorithm.kl_estimator)
             stats["kl_reference"] = (divergence.detach() * mask).sum() / mask.sum()
-        return loss, stats, mask.sum().item() / tokens
+            if algorithm.kl_in == "loss":
+                if algorithm.kl_unbiased:
+                    # The tokens came from the old policy: E_old[rho k] is the KL, and its gradient flows through rho.
+                    divergence = divergence * importance_ratio(
+                        current - part(experience.old_logprobs), mask, algorithm.ratio
+                    )
+                loss = loss + algorithm.kl_coefficient * loss_config.aggregate(divergence, mask)
+        return loss, stats
 
-    def _logprobs(
-        self, policy: Any, ids: Tensor, cu_seqlens: Tensor, predict: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        half = self.config.learner.precision == "bfloat16"
-        with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=half):
-            hidden = policy.hidden_states(ids, cu_seqlens)[predict]
+    def _value_loss(self, experience: Experience, packed: Packed, tokens: int) -> Tensor:
+        assert experience.values is not None
+        assert experience.returns is not None
+        rows, width = packed.rows, packed.mask.shape[1]
+        return value_loss(
+            packed.spread(self._values(packed)),
+            experience.values[rows, :width],
+            experience.returns[rows, :width],
+            packed.mask,
+            self.config.algorithm.critic.clip,
+            normalizer=float(tokens),
+        )
+
+    def _logprobs(self, policy: Policy, packed: Packed, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            hidden = policy.hidden_states(packed.ids, packed.cu_seqlens)[packed.predict]
             return token_logprobs(
                 hidden,
-                targets,
+                packed.targets,
                 policy.lm_head,
                 temperature=self.config.rollout.temperature,
                 chunk_tokens=self.config.learner.logprob_chunk_tokens,
+                entropy_gradient=entropy_gradient,
             )
 
-    def _clip(self) -> float:
-        clipping = self.config.learner.clipping
-        if self.adagc is not None:
-            return self.adagc.clip().item()
-        limit = clipping.max_norm if clipping.method == "global" else math.inf
-        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).item()
+    def _values(self, packed: Packed) -> Tensor:
+        """The critic's value before each completion token, [N]."""
+        assert self.critic is not None
+        with self._autocast():
+            return self.critic(packed.ids, packed.cu_seqlens)[packed.predict]
 
-    def weights(self) -> dict[str, Tensor]:
-        """The policy's tensors as they are, detached (a tied tensor once)."""
-        return {name: parameter.detach() for name, parameter in self.policy.named_parameters()}
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.half)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the policy's weights."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "adagc": self.adagc.state_dict() if self.adagc else None,
-            "version": self.version,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "rng": torch.get_rng_state(),
-        }
-
-    def load(self, folder: Path) -> None:
-        """Continue from `folder/policy` and `folder/learner.pt`. InputError when the shapes are another model's."""
-        saved = load_policy(str(folder / "policy"), dtype=torch.float32, device=self.device).state_dict()
-        own = self.policy.state_dict()
-        for name in [*own, *saved]:
-            if name not in saved or name not in own or saved[name].shape != own[name].shape:
-                here = list(own[name].shape) if name in own else "nothing"
-                there = list(saved[name].shape) if name in saved else "nothing"
-                raise InputError(
-                    f"checkpoint {folder} is of another shape: {name} is {there} there and {here} in {self.config.policy.path}; "
-                    "resume with the policy it was made from"
-                )
-        self.policy.load_state_dict(saved)
-        state = torch.load(folder / "learner.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if (state["adagc"] is None) != (self.adagc is None):
-            raise InputError(
-                f"checkpoint {folder} was made with another learner.clipping.method; keep it when resuming"
+    def _experience_metrics(self, experience: Experience) -> dict[str, float]:
+        mask = experience.mask
+        metrics = {}
+        if experience.weights is not None:
+            weights = experience.weights[mask]
+            metrics["learner/correction_mean"] = weights.mean().item()
+            metrics["learner/correction_zeroed"] = (weights == 0).float().mean().item()
+        if experience.values is not None and experience.returns is not None:
+            returns = experience.returns[mask]
+            left = (returns - experience.values[mask]).var(unbiased=False) / returns.var(unbiased=False).clamp(
+                min=1e-12
             )
-        if self.adagc is not None:
-            self.adagc.load_state_dict(state["adagc"])
-        self.version = state["version"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        torch.set_rng_state(state["rng"].cpu())
-
-
-def microbatches(batch: TrainingBatch, rows: list[int], tokens_per_microbatch: int) -> list[list[int]]:
-    """Rows sorted by length (little padding for kernels that pad) and cut where the token budget is full."""
-    length = {row: len(batch.prompt_ids[row]) + len(batch.completion_ids[row]) for row in rows}
-    parts: list[list[int]] = []
-    used = 0
-    for row in sorted(rows, key=lambda row: (length[row], row)):
-        if not parts or used + length[row] > tokens_per_microbatch:
-            parts.append([])
-            used = 0
-        parts[-1].append(row)
-        used += length[row]
-    return parts
-
-
-def pack(batch: TrainingBatch, rows: list[int], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed inputs of some rows.
-
-    Returns:
-        (input_ids [T], cu_seqlens [B+1] int32, predict [N] positions in T whose hidden state predicts a completion
-        token, targets [N] those tokens), rows in order.
-    """
-    ids: list[int] = []
-    ends = [0]
-    predict: list[int] = []
-    targets: list[int] = []
-    for row in rows:
-        prompt, completion = batch.prompt_ids[row], batch.completion_ids[row]
-        start = len(ids) + len(prompt) - 1
-        predict += range(start, start + len(completion))
-        targets += completion
-        ids += prompt + completion[:-1]  # nothing is predicted from the last token
-        ends.append(len(ids))
-    return (
-        torch.tensor(ids, device=device),
-        torch.tensor(ends, dtype=torch.int32, device=device),
-        torch.tensor(predict, device=device),
-        torch.tensor(targets, device=device),
-    )
+            metrics["learner/explained_variance"] = 1 - left.item()
+        return metrics
 
 
 def _schedule(step: int, total: int, config: RunConfig) -> float:

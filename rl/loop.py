@@ -57,7 +57,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             raise InputError(
                 f"checkpoint {path} was trained on other samples than data.source gives now; keep the data when resuming"
             )
-        ray.get(roles.learner.load.remote(str(path.resolve())))
+        roles.load(path)
         collector.load_state_dict(state["sampler"])
         checking.load_state_dict(state.get("checking"))
         start = state["step"]
@@ -71,7 +71,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     def checkpoint(step: int) -> Path:
         state = {"sampler": collector.state_dict(), "history_offset": history.offset, "samples": tasks.fingerprint}
         state |= {"checking": checking.state_dict(), "config": config.model_dump(mode="json")}
-        return checkpoints.save(step, state, lambda target: ray.get(roles.learner.save.remote(str(target.resolve()))))
+        return checkpoints.save(step, state, roles.save)
 
     newest = saved[0] if saved is not None else None
     with Telemetry(config, start, console) as telemetry:
@@ -82,10 +82,10 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             history.append(history_rows(filled.graded, step))
             log.write(step, filled.graded)
 
-            batch = training_batch(filled.groups, config.algorithm.advantage)
-            update = roles.learner.update.remote(batch)
+            batch = training_batch(filled.groups)
+            update = roles.update(batch)
             checked = checking.check(step, filled.graded)  # on the reward workers, while the learner works
-            metrics = ray.get(update) | checked
+            metrics = ray.get(update)[0] | checked
             used_version, policy_version = policy_version, roles.sync()
 
             step_seconds = time.monotonic() - clock

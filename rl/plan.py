@@ -21,7 +21,7 @@ class Plan:
 
     Attributes:
         parameters: of the policy.
-        learner: weights, gradients and AdamW's two moments in float32, the reference policy if any, one microbatch.
+        learner: weights, gradients and AdamW's two moments in float32, reference policy and critic if any, one microbatch.
         rollout: weights and cache of one worker.
         transfer: weights in the object store while they pass.
         disk: checkpoints and completions that will be on disk at once.
@@ -49,21 +49,26 @@ def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
     heads, dim, layers = shape.num_key_value_heads, shape.head_dim, shape.num_hidden_layers
     branches = 3 if shape.attention == "nsa" else 1
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
-    cache = config.rollout.slots * longest * layers * heads * dim * 2 * branches * 4
+    rollout_width = 2 if config.rollout.precision == "bfloat16" else 4
+    cache = config.rollout.slots * longest * layers * heads * dim * 2 * branches * rollout_width
     width = 2 if config.learner.precision == "bfloat16" else 4
     kept = 2 if config.learner.gradient_checkpointing else 34
     activations = config.learner.tokens_per_microbatch * shape.hidden_size * layers * kept * width
     logits = config.learner.logprob_chunk_tokens * shape.vocab_size * 4 * 3
-    reference = 4 * parameters if config.algorithm.kl_coefficient > 0 else 0
+    lora = config.learner.lora.rank > 0
+    reference = 4 * parameters if config.algorithm.kl_coefficient > 0 and not lora else 0
+    critic = 16 * parameters if config.algorithm.advantage == "gae" else 0
+    # Gradients and AdamW's two moments; adapters are so small that they are left out.
+    trained = 4 * parameters if lora else 16 * parameters
     rollouts = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
     tokens = rollouts * config.rollout.max_new_tokens
-    checkpoints = 12 * parameters * (config.checkpoint.keep + 1)
+    checkpoints = (12 * parameters + critic) * (config.checkpoint.keep + 1)
     completions = config.steps * (tokens * 4 + rollouts * 1024)
     return Plan(
         parameters=parameters,
-        learner=16 * parameters + reference + activations + logits,
-        rollout=4 * parameters + cache,
-        transfer=4 * parameters,
+        learner=trained + reference + critic + activations + logits,
+        rollout=rollout_width * parameters + cache,
+        transfer=rollout_width * parameters,
         disk=training_runs * (checkpoints + completions),
         rollouts=rollouts * config.steps,
         tokens_per_step=tokens,
@@ -94,7 +99,7 @@ def print_plan(config: RunConfig, plan: Plan, samples: int, console: Console, *,
     table.add_row("data", f"{config.data.source}: {samples:,} problems, drawn {config.selection.sampler.name}")
     table.add_row(
         "workers",
-        f"{rollout.workers} rollout, {config.reward.workers} reward ({config.reward.processes_per_worker} process each), 1 learner",
+        f"{rollout.workers} rollout, {config.reward.workers} reward ({config.reward.processes_per_worker} process each), {learner.workers} learner",
     )
     table.add_row(
         "step",

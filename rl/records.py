@@ -8,9 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from plumbline.rl import advantages
 from plumbline.rl.batch import Group, TrainingBatch
 
 
@@ -83,17 +80,15 @@ class CompletionLog:
                 path.unlink()
 
 
-def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
-    """Groups of one size, in order, with their advantages."""
-    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
-    values = getattr(advantages, advantage)(rewards)
+def training_batch(groups: list[Group]) -> TrainingBatch:
+    """Groups of one size, in order."""
     completions = [completion for group in groups for completion in group.completions]
     return TrainingBatch(
         prompt_ids=[group.prompt.token_ids for group in groups for _ in group.completions],
         completion_ids=[completion.token_ids for completion in completions],
         logprobs=[completion.logprobs for completion in completions],
-        advantages=values.flatten().tolist(),
-        group_size=rewards.shape[1],
+        rewards=[reward for group in groups for reward in group.rewards],
+        group_size=len(groups[0].completions),
     )
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from plumbline.rl.advantages.grpo import check_groups
+from plumbline.rl.advantages.grpo import centre, check_groups
 
 
 def dr_grpo(rewards: Tensor) -> Tensor:
@@ -18,4 +18,4 @@ def dr_grpo(rewards: Tensor) -> Tensor:
         ValueError: rewards is not [P, G >= 2].
     """
     check_groups(rewards)
-    return rewards - rewards.mean(1, keepdim=True)
+    return centre(rewards)

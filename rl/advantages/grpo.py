@@ -18,7 +18,13 @@ def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
         ValueError: rewards is not [P, G >= 2].
     """
     check_groups(rewards)
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
+    return centre(rewards) / (rewards.std(1, keepdim=True) + eps)
+
+
+def centre(rewards: Tensor) -> Tensor:
+    """r - mean of its row; a row of equal rewards gives exactly zero, whatever the rounding of its mean."""
+    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return torch.where(flat, torch.zeros_like(rewards), rewards - rewards.mean(1, keepdim=True))
 
 
 def check_groups(rewards: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from plumbline.rl.advantages.grpo import check_groups
+from plumbline.rl.advantages.grpo import centre, check_groups
 
 
 def rloo(rewards: Tensor) -> Tensor:
@@ -18,5 +18,5 @@ def rloo(rewards: Tensor) -> Tensor:
         ValueError: rewards is not [P, G >= 2].
     """
     check_groups(rewards)
-    others = rewards.shape[1] - 1
-    return rewards - (rewards.sum(1, keepdim=True) - rewards) / others
+    group = rewards.shape[1]
+    return centre(rewards) * (group / (group - 1))

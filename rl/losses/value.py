@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = 0.2) -> Tensor:
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = 0.2,
+    *,
+    normalizer: float | None = None,
+) -> Tensor:
     """0.5 mean over masked tokens of max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the old value.
 
     Args:
@@ -13,6 +21,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
         returns: [B, T] float.
         mask: [B, T] bool or 0/1.
         clip: None turns clipping off.
+        normalizer: tokens of the whole batch, when this call sees a part of it; None: those of this call.
 
     Returns:
         Scalar loss.
@@ -27,4 +36,4 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
         near = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (near - returns).square())
     inside = mask.bool()
-    return 0.5 * torch.where(inside, error, torch.zeros_like(error)).sum() / inside.sum().clamp(min=1)
+    return 0.5 * torch.where(inside, error, torch.zeros_like(error)).sum() / (normalizer or inside.sum().clamp(min=1))

@@ -1,1 +1,62 @@
-"""Rollout engines. Each answers `generate`, `load_weights`, and (on a GPU) `sleep` and `wake`."""
+"""Rollout engines. Each answers the protocol below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from plumbline.rl.batch import Group, Prompt, Sampling
+    from plumbline.rl.config import RunConfig
+    from plumbline.rl.text import Codec
+
+
+class RolloutEngine(Protocol):
+    """What a RolloutWorker owns."""
+
+    version: int
+
+    def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+        """Each prompt's group, token ids with log-probabilities, as it is finished."""
+        ...
+
+    def load_weights(self, version: int, tensors: dict[str, Tensor]) -> None:
+        """All of the policy's tensors at once."""
+        ...
+
+    def checksum(self) -> float:
+        """Sum of absolute weights in float64."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back."""
+        ...
+
+    def wake(self) -> None: ...
+
+
+def make_engine(config: RunConfig, path: str, attention: str | None, codec: Codec, device: str) -> RolloutEngine:
+    """The engine that rollout.engine names, with the policy at `path`."""
+    import torch
+
+    settings = config.rollout
+    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    if settings.engine == "vllm":
+        from plumbline.rl.rollout.vllm import VLLMEngine
+
+        return VLLMEngine(
+            path,
+            attention=attention,
+            codec=codec,
+            slots=settings.slots,
+            max_length=config.prompt.max_tokens + settings.max_new_tokens,
+            dtype=dtype,
+            memory_share=settings.memory_share,
+            seed=config.seed,
+            sleeps=device.startswith("cuda") and settings.gpus_per_worker < 1,
+        )
+    from plumbline.rl.rollout.native import NativeEngine
+
+    return NativeEngine(path, attention=attention, codec=codec, slots=settings.slots, device=device, dtype=dtype)

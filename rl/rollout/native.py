@@ -16,7 +16,15 @@ from plumbline.rl.rollout.sampler import draw, sequence_key
 
 if TYPE_CHECKING:
     from plumbline.models.cache import PolicyCache
+    from plumbline.rl.rollout.graphed import Decoder
     from plumbline.rl.text import Codec
+
+# Tokens that prompts are read in at once.
+PREFILL_TOKENS = 65_536
+# Steps between two looks at which sequences have ended; a look makes the host wait for the device.
+STEPS_PER_LOOK = 16
+# A decoder's cache is made a multiple of this long, so that the next batch's prompts find it long enough.
+LENGTH_STEP = 128
 
 
 @dataclass
@@ -33,8 +41,9 @@ class _Sequence:
 class NativeEngine:
     """Answers prompts with the policy at `path`.
 
-    A prompt is read once and its cache copied to its group's slots. Finished sequences free their slot at once; the
-    next prompt moves in as soon as a whole group fits.
+    A prompt is read once and its cache copied to its group's slots. Finished sequences free their slot; the next prompt
+    moves in as soon as a whole group fits. On CUDA a step is a captured graph that draws its tokens on the device
+    (graphed.py); elsewhere it is one call a step.
 
     Args:
         path: see load_policy.
@@ -42,15 +51,28 @@ class NativeEngine:
         codec: turns token ids into text and knows the end token.
         slots: sequences decoded at once.
         device: torch device string.
+        dtype: of weights and cache.
     """
 
-    def __init__(self, path: str, *, attention: str | None, codec: Codec, slots: int, device: str) -> None:
-        self.policy = load_policy(path, attention=attention, dtype=torch.float32, device=device)
+    def __init__(
+        self,
+        path: str,
+        *,
+        attention: str | None,
+        codec: Codec,
+        slots: int,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.policy = load_policy(path, attention=attention, dtype=dtype, device=device)
         self.policy.requires_grad_(False).eval()
         self.codec = codec
         self.slots = slots
         self.device = device
         self.version = 0
+        # NSA's decode plan asks the device for lengths, which a captured step cannot.
+        self.on_device = device.startswith("cuda") and self.policy.config.attention == "full"
+        self.decoder: Decoder | None = None
 
     def load_weights(self, version: int, tensors: dict[str, Tensor]) -> None:
         """Copy new weights in place; ValueError if names or shapes are not exactly the policy's."""
@@ -68,11 +90,22 @@ class NativeEngine:
 
     def checksum(self) -> float:
         """Sum of absolute weights in float64: equal on both sides of a transfer if it was whole."""
-        return sum(p.detach().double().abs().sum().item() for p in self.policy.parameters())
+        parts = [parameter.detach().abs().sum(dtype=torch.float64) for parameter in self.policy.parameters()]
+        return torch.stack(parts).sum().item()
 
-    @torch.no_grad()
+    def sleep(self) -> None:
+        """Leave the GPU to others: weights to the host, cache and graphs dropped."""
+        self.decoder = None
+        self.policy.to("cpu")
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Back to the device."""
+        self.policy.to(self.device)
+
     def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
-        """Yield each prompt's group as soon as its last completion ends.
+        """Yield each prompt's group once its last completion has ended.
 
         Args:
             prompts: non-empty token ids each.
@@ -81,6 +114,61 @@ class NativeEngine:
         """
         if not prompts:
             return
+        # The device sampler has no top-p, which only evaluation asks for.
+        loop = self._generate_on_device if self.on_device and sampling.top_p == 1 else self._generate_step_by_step
+        yield from loop(prompts, completions, sampling)
+
+    @torch.no_grad()
+    def _generate_on_device(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+        longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+        decoder = self._decoder(max(self.slots, completions), longest, sampling)
+        free = deque(range(decoder.slots))
+        waiting = deque(prompts)
+        running: dict[int, _Sequence] = {}
+        done: dict[int, list[Completion | None]] = {prompt.index: [None] * completions for prompt in prompts}
+        while waiting or running:
+            while waiting and len(free) >= completions:
+                admitted: list[Prompt] = []
+                tokens = 0
+                while waiting and len(free) >= completions * (len(admitted) + 1):
+                    tokens += len(waiting[0].token_ids)
+                    if admitted and tokens > PREFILL_TOKENS:
+                        break
+                    admitted.append(waiting.popleft())
+                logits, slot_ids = self._admit(decoder.cache, admitted, completions, sampling, free, running)
+                keys = torch.tensor([running[slot].key for slot in slot_ids], device=self.device)
+                decoder.begin(torch.tensor(slot_ids, device=self.device), keys, logits)
+            decoder.advance(list(running), STEPS_PER_LOOK)
+            for slot, token_ids, logprobs in decoder.ended(list(running)):
+                sequence = running.pop(slot)
+                sequence.token_ids, sequence.logprobs = token_ids, logprobs
+                free.append(slot)
+                group = self._finish(sequence, done)
+                if group is not None:
+                    yield group
+
+    def _decoder(self, slots: int, longest: int, sampling: Sampling) -> Decoder:
+        """The decoder of the last call, if this one's batch fits it."""
+        from plumbline.rl.rollout.graphed import Decoder
+
+        kept = self.decoder
+        if (
+            kept is not None
+            and kept.slots == slots
+            and kept.cache.max_length >= longest
+            and kept.limit == sampling.max_new_tokens
+            and kept.temperature == sampling.temperature
+        ):
+            return kept
+        self.decoder = kept = None  # its cache must be gone before the next is made
+        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        self.decoder = Decoder(
+            self.policy, slots, length, sampling.max_new_tokens, sorted(self.codec.end_ids), sampling
+        )
+        return self.decoder
+
+    @torch.no_grad()
+    def _generate_step_by_step(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
         slots = max(self.slots, completions)
         longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
         cache = self.policy.new_cache(min(slots, completions * len(prompts)), longest)
@@ -95,8 +183,7 @@ class NativeEngine:
             while waiting and len(free) - completions * len(admitted) >= completions:
                 admitted.append(waiting.popleft())
             if admitted:
-                logits, slot_ids = self._admit(cache, admitted, completions, sampling, free, running)
-                advanced = slot_ids
+                logits, advanced = self._admit(cache, admitted, completions, sampling, free, running)
             else:
                 advanced = list(running)
                 slot_tensor = torch.tensor(advanced, device=self.device)
@@ -111,21 +198,27 @@ class NativeEngine:
                 sequence = running[slot]
                 sequence.token_ids.append(token)
                 sequence.logprobs.append(logprob)
-                ended = token in self.codec.end_ids
-                if not ended and len(sequence.token_ids) < sampling.max_new_tokens:
+                if token not in self.codec.end_ids and len(sequence.token_ids) < sampling.max_new_tokens:
                     continue
                 released.append(slot)
-                del running[slot]
-                group = done[sequence.prompt.index]
-                group[sequence.number] = Completion(
-                    sequence.token_ids, sequence.logprobs, self.codec.decode(sequence.token_ids), truncated=not ended
-                )
-                if all(completion is not None for completion in group):
-                    del done[sequence.prompt.index]
-                    yield Group(sequence.prompt, [c for c in group if c is not None], self.version)
+                group = self._finish(running.pop(slot), done)
+                if group is not None:
+                    yield group
             if released:
                 cache.reset(torch.tensor(released, device=self.device))
                 free.extend(released)
+
+    def _finish(self, sequence: _Sequence, done: dict[int, list[Completion | None]]) -> Group | None:
+        """Enter a completion; its group, if it was the last."""
+        ended = sequence.token_ids[-1] in self.codec.end_ids
+        group = done[sequence.prompt.index]
+        text = self.codec.decode(sequence.token_ids)
+        group[sequence.number] = Completion(sequence.token_ids, sequence.logprobs, text, truncated=not ended)
+        whole = [completion for completion in group if completion is not None]
+        if len(whole) < len(group):
+            return None
+        del done[sequence.prompt.index]
+        return Group(sequence.prompt, whole, self.version)
 
     def _admit(
         self,

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from plumbline.rl.advantages import dr_grpo, gae, grpo, reinforce_pp, rloo
+from plumbline.rl.advantages import (
+    dr_grpo,
+    gae,
+    grpo,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    reinforce_pp_tokens,
+    rloo,
+    token_rewards,
+    whiten,
+)
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [-1.0, 0.5, 1.0, -0.5]], dtype=torch.float64)
 
@@ -17,9 +27,11 @@ def test_grpo_standardises_each_group():
 
 
 def test_equal_rewards_give_zero_everywhere():
-    equal = torch.full((3, 5), 0.7, dtype=torch.float64)
-    for function in (grpo, dr_grpo, rloo, reinforce_pp):
-        torch.testing.assert_close(function(equal), torch.zeros_like(equal), atol=1e-9, rtol=0)
+    # 0.7 has no exact mean; the advantages are exactly zero all the same.
+    for dtype in (torch.float32, torch.float64):
+        equal = torch.full((3, 5), 0.7, dtype=dtype)
+        for function in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline):
+            assert (function(equal) == 0).all(), function.__name__
 
 
 def test_dr_grpo_and_rloo_baselines():
@@ -30,10 +42,33 @@ def test_dr_grpo_and_rloo_baselines():
             torch.testing.assert_close(dr_grpo(REWARDS)[p, g], REWARDS[p, g] - REWARDS[p].mean())
 
 
-def test_reinforce_pp_has_unit_spread_over_the_batch():
-    result = reinforce_pp(REWARDS)
-    assert abs(result.mean()) < 1e-12
-    assert abs(result.std() - 1) < 1e-6
+def test_reinforce_pp_normalises_over_the_batch():
+    flat = [float(r) for r in REWARDS.flatten()]
+    mean = sum(flat) / 12
+    spread = (sum((r - mean) ** 2 for r in flat) / 11) ** 0.5
+    torch.testing.assert_close(reinforce_pp(REWARDS), (REWARDS - mean) / (spread + 1e-8))
+    centred = torch.stack([row - sum(row) / 4 for row in REWARDS])
+    spread = (sum(float(r) ** 2 for r in centred.flatten()) / 11) ** 0.5
+    torch.testing.assert_close(reinforce_pp_baseline(REWARDS), centred / (spread + 1e-8))
+
+
+def test_the_kl_of_each_token_in_the_reward():
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    divergence = torch.tensor([[0.1, -0.2, 0.3, 9.0], [0.5, 0.25, 9.0, 9.0]], dtype=torch.float64)
+    rewards = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    result = token_rewards(rewards, mask, divergence, 0.5)
+    expected = torch.tensor([[-0.05, 0.1, 0.85, 0], [-0.25, -1.125, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(result, expected)
+    to_go = torch.tensor([0.9, 0.95, 0.85, -1.375, -1.125], dtype=torch.float64)
+    normalised = (to_go - to_go.mean()) / (to_go.std() + 1e-8)
+    advantages = reinforce_pp_tokens(result, mask)
+    torch.testing.assert_close(advantages[mask], normalised)
+    assert (advantages[~mask] == 0).all()
+    # Undiscounted GAE without a critic is the same return to go.
+    alone, _ = gae(result, torch.zeros_like(result), mask, 1.0, 1.0)
+    torch.testing.assert_close(alone[mask], to_go)
+    with pytest.raises(ValueError, match="no token"):
+        whiten(result, torch.zeros_like(mask))
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 4, dtype=torch.int64)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plumbline.rl.logprobs import token_logprobs
-from plumbline.rl.losses import LossConfig, kl_penalty, policy_loss, value_loss
+from plumbline.rl.losses import LossConfig, kl_penalty, policy_loss, rollout_correction, value_loss
 
 LENGTHS = [5, 2, 7]
 
@@ -79,6 +79,62 @@ def test_clip_fractions_count_tokens_that_lost_their_gradient():
     assert gradient[3] == 0
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_cispo_keeps_a_gradient_beyond_the_clip(ratio):
+    logprobs, old, advantages, mask = batch()
+    config = LossConfig(surrogate="cispo", ratio=ratio, clip_low=1.0, clip_high=0.1)
+    loss, _ = policy_loss(logprobs, old, advantages, mask, config)
+    got = torch.autograd.grad(loss, logprobs)[0]
+    for b, length in enumerate(LENGTHS):
+        differences = [(logprobs[b, t] - old[b, t]).item() for t in range(length)]
+        for t in range(length):
+            difference = sum(differences) / length if ratio == "sequence" else differences[t]
+            weight = min(math.exp(difference), 1.1)
+            assert got[b, t].item() == pytest.approx(-weight * advantages[b].item() / sum(LENGTHS))
+    assert (got[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("method", ["truncate", "mask"])
+def test_rollout_correction(method, level):
+    _, old, _, mask = batch()
+    rollout = torch.where(mask, old + torch.randn(old.shape, dtype=torch.float64) * 0.5, float("inf"))
+    weights = rollout_correction(old, rollout, mask, method, level, 0.8, 1.25)
+    for b, length in enumerate(LENGTHS):
+        differences = [float(old[b, t] - rollout[b, t]) for t in range(length)]
+        for t in range(length):
+            weight = math.exp(sum(differences) if level == "sequence" else differences[t])
+            expected = min(weight, 1.25) if method == "truncate" else weight * (0.8 <= weight <= 1.25)
+            assert weights[b, t].item() == pytest.approx(expected)
+
+
+def test_weights_multiply_each_token():
+    logprobs, old, advantages, mask = batch()
+    weights = torch.rand(logprobs.shape, dtype=torch.float64)
+    weighted, _ = policy_loss(logprobs, old, advantages, mask, weights=weights)
+    plain, _ = policy_loss(logprobs, old, advantages, mask)
+    got, bare = torch.autograd.grad(weighted, logprobs)[0], torch.autograd.grad(plain, logprobs)[0]
+    torch.testing.assert_close(got[mask], (bare * weights)[mask])
+
+
+def test_entropy_has_a_gradient_when_asked():
+    torch.manual_seed(2)
+    hidden, head = torch.randn(7, 8, requires_grad=True), torch.nn.Linear(8, 13, bias=False)
+    targets = torch.randint(0, 13, (7,))
+    full = torch.log_softmax(head(hidden), -1)
+    want = torch.autograd.grad(-(full.exp() * full).sum(), hidden)[0]
+    for chunk in (3, 100):
+        _, entropy = token_logprobs(hidden, targets, head, chunk_tokens=chunk, entropy_gradient=True)
+        torch.testing.assert_close(torch.autograd.grad(entropy.sum(), hidden)[0], want)
+        _, entropy = token_logprobs(hidden, targets, head, chunk_tokens=chunk)
+        assert not entropy.requires_grad
+
+
+def test_a_head_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match="without a bias"):
+        token_logprobs(torch.randn(2, 8), torch.tensor([0, 1]), torch.nn.Linear(8, 13))
+
+
 def test_bad_shapes_are_refused():
     logprobs, old, advantages, mask = batch()
     with pytest.raises(ValueError, match="one shape"):
@@ -112,7 +168,7 @@ def test_value_loss_takes_the_worse_of_clipped_and_unclipped():
 def test_chunked_logprobs_equal_the_full_matrix(chunk):
     torch.manual_seed(2)
     hidden = torch.randn(7, 8, requires_grad=True)
-    head = torch.nn.Linear(8, 13)
+    head = torch.nn.Linear(8, 13, bias=False)
     targets = torch.randint(0, 13, (7,))
     logprobs, entropy = token_logprobs(hidden, targets, head, temperature=0.7, chunk_tokens=chunk)
     full = torch.log_softmax(head(hidden) / 0.7, -1)

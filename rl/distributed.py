@@ -1,0 +1,126 @@
+"""Several learner processes as one: ranks, sums over them, and parameters sharded by FSDP2 (torch `fully_shard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plumbline.errors import InputError
+from plumbline.models.policy import Policy
+from plumbline.models.value import ValueModel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the learner's processes; one alone needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, rank: int, size: int, address: str, device: str, timeout_seconds: float) -> Ranks:
+        """Meet the others at tcp://`address`; raises torch's DistStoreError when they do not come in time."""
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if device.startswith("cuda") else "gloo",
+                init_method=f"tcp://{address}",
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+        return cls(rank, size)
+
+    def share(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
+        """This rank's parts, as many on every rank: (part, whether it counts). Surplus places repeat the first part.
+
+        Sharded layers gather their weights in step, so no rank may run a forward pass alone.
+        """
+        rounds = -(-len(parts) // self.size)
+        places = [number * self.size + self.rank for number in range(rounds)]
+        return [(parts[place], True) if place < len(parts) else (parts[0], False) for place in places]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def combine(self, sums: dict[str, float], device: str) -> dict[str, float]:
+        """Each entry summed over ranks, or its maximum where the name ends in `_max`. Same keys on every rank."""
+        if self.size == 1:
+            return sums
+        names = sorted(sums)
+        for operation, chosen in (
+            (dist.ReduceOp.SUM, [name for name in names if not name.endswith("_max")]),
+            (dist.ReduceOp.MAX, [name for name in names if name.endswith("_max")]),
+        ):
+            values = torch.tensor([sums[name] for name in chosen], dtype=torch.float64, device=device)
+            if chosen:
+                dist.all_reduce(values, operation)
+            sums.update(zip(chosen, values.tolist(), strict=True))
+        return sums
+
+    def shard(self, model: Policy | ValueModel, *, bfloat16: bool) -> None:
+        """fully_shard each layer and the rest, in place; does nothing for one process.
+
+        Gradients come out as the mean over ranks, reduced in float32; the shards stay float32.
+        """
+        if self.size == 1:
+            return
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        layers: Any = model.model.layers
+        for layer in layers:
+            fully_shard(layer, mp_policy=precision)
+        fully_shard(model, mp_policy=precision)
+        if isinstance(model, Policy):
+            register_fsdp_forward_method(model, "hidden_states")
+
+
+def refuse_sparse(attention: str) -> None:
+    """InputError for NSA: sequences under a block leave phi without a gradient, and ranks would reduce unlike tensors."""
+    if attention == "nsa":
+        raise InputError("learner.workers over 1 is for full attention; NSA trains in one learner process")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard (every rank must call), or the tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """state_dict with full tensors on the CPU; every rank must call."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+
+
+def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy full tensors into a model that may be sharded. Names and shapes must be the model's."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Optimizer state by parameter name, full tensors on the CPU: it loads into any number of processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def load_whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """What whole_optimizer_state returned, into this process's shards."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,85 @@
+"""Completions of many lengths as packed sequences, cut into microbatches by a token budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plumbline.rl.batch import TrainingBatch
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Some rows of a batch, ready for a forward pass.
+
+    Attributes:
+        rows: which, in order.
+        ids: [T] int64, prompts and completions, each without its last token (nothing is predicted from it).
+        cu_seqlens: [B+1] int32.
+        predict: [N] int64, positions in T whose hidden state predicts a completion token.
+        targets: [N] int64, those tokens.
+        mask: [B, W] bool, True on completion tokens; W is the longest completion.
+    """
+
+    rows: list[int]
+    ids: Tensor
+    cu_seqlens: Tensor
+    predict: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value a completion token [N] -> [B, W], zero on padding."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def pack(batch: TrainingBatch, rows: list[int], device: str) -> Packed:
+    """Rows of a batch in one packed sequence."""
+    ids: list[int] = []
+    ends = [0]
+    predict: list[int] = []
+    targets: list[int] = []
+    for row in rows:
+        prompt, completion = batch.prompt_ids[row], batch.completion_ids[row]
+        start = len(ids) + len(prompt) - 1
+        predict += range(start, start + len(completion))
+        targets += completion
+        ids += prompt + completion[:-1]
+        ends.append(len(ids))
+    return Packed(
+        rows,
+        torch.tensor(ids, device=device),
+        torch.tensor(ends, dtype=torch.int32, device=device),
+        torch.tensor(predict, device=device),
+        torch.tensor(targets, device=device),
+        completion_mask([len(batch.completion_ids[row]) for row in rows], device),
+    )
+
+
+def completion_mask(lengths: list[int], device: str) -> Tensor:
+    """[B, max(lengths)] bool, True on the first lengths[b] of row b."""
+    return torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[:, None]
+
+
+def padded(rows: list[list[float]], device: str) -> Tensor:
+    """Lists of many lengths -> [B, longest] float32, zero beyond each one's end."""
+    lengths = [len(row) for row in rows]
+    flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32, device=device)
+    mask = completion_mask(lengths, device)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def microbatches(batch: TrainingBatch, rows: list[int], tokens_per_microbatch: int) -> list[list[int]]:
+    """Rows sorted by length (little padding for kernels that pad) and cut where the token budget is full."""
+    length = {row: len(batch.prompt_ids[row]) + len(batch.completion_ids[row]) for row in rows}
+    parts: list[list[int]] = []
+    used = 0
+    for row in sorted(rows, key=lambda row: (length[row], row)):
+        if not parts or used + length[row] > tokens_per_microbatch:
+            parts.append([])
+            used = 0
+        parts[-1].append(row)
+        used += length[row]
+    return parts

@@ -155,7 +155,7 @@ class ClippingSection(Section):
 
 class LoraSection(Section):
     rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains the whole policy.")
-    alpha: float = Field(32.0, gt=0, description="Adapters are scaled by alpha / rank.")
+    alpha: PositiveInt = Field(32, description="Adapters are scaled by alpha / rank.")
     targets: list[str] | None = Field(
         None, description="Linear layers by last name; None: attention projections and MLP."
     )

@@ -108,7 +108,8 @@ def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy full tensors into a model that may be sharded. Names and shapes must be the model's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
+    tensors: dict[str, Any] = dict(state)
+    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=True))
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

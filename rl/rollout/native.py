@@ -96,13 +96,15 @@ class NativeEngine:
     def sleep(self) -> None:
         """Leave the GPU to others: weights to the host, cache and graphs dropped."""
         self.decoder = None
-        self.policy.to("cpu")
+        module: torch.nn.Module = self.policy
+        module.to("cpu")
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Back to the device."""
-        self.policy.to(self.device)
+        module: torch.nn.Module = self.policy
+        module.to(self.device)
 
     def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
         """Yield each prompt's group once its last completion has ended.

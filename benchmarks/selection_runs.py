@@ -32,6 +32,7 @@ from scipy.stats import t as student
 
 from plumbline.errors import InputError
 from plumbline.rl.config import RunConfig, load_config
+from plumbline.rl.files import write_whole
 from plumbline.selection.methods import METHODS, method_named
 
 COUNTED = ("random", "linear", "variance", "p(1-p)")
@@ -172,9 +173,7 @@ def choose(config: RunConfig, methods: list[str], full: Any, console: Console) -
         for line in selected.lines():
             console.print(f"seed {config.seed}: {line}", highlight=False, markup=False)
     if len(chosen) > before:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(chosen), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(chosen))
     return chosen
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from plumbline.errors import InputError
+from plumbline.rl.files import sha256
 
 CHECKSUMS = "checksums.json"
 STATE = "trainer.json"
@@ -40,7 +40,7 @@ class CheckpointStore:
         try:
             write(partial)
             (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-            sums = {str(path.relative_to(partial)): _sha256(path) for path in _files(partial)}
+            sums = {str(path.relative_to(partial)): sha256(path) for path in _files(partial)}
             (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -86,15 +86,10 @@ def damage(path: Path) -> str | None:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if _sha256(file) != expected:
+        if sha256(file) != expected:
             return f"{name} has changed since it was written"
     return None
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from plumbline.rl.batch import Sampling
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import RunConfig, SamplerSection
 from plumbline.rl.evaluation import Evaluation, evaluate, finished_evaluation
+from plumbline.rl.files import write_whole
 from plumbline.rl.loop import TrainingResult, train
 from plumbline.rl.memory import MemoryWatch
 from plumbline.rl.report import write_report
@@ -133,9 +133,7 @@ def train_stage(config: RunConfig, roles: Roles, tasks: TaskSet, console: Consol
         "seconds": result.seconds,
         "samples": tasks.fingerprint,
     }
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, record)
+    write_whole(record, json.dumps(tree, indent=1) + "\n")
     return result
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from plumbline.rl.batch import Group, TrainingBatch
+from plumbline.rl.files import write_whole
 
 
 def history_rows(groups: list[Group], step: int) -> list[dict[str, Any]]:
@@ -67,11 +67,7 @@ class CompletionLog:
 
     def write(self, step: int, groups: list[Group]) -> None:
         path = self.folder / f"step-{step:06d}.jsonl"
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            for row in completion_rows(step, groups):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in completion_rows(step, groups)))
 
     def drop_after(self, step: int) -> None:
         """Remove the files of later steps."""

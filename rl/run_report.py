@@ -14,8 +14,8 @@ import yaml
 
 from plumbline.errors import InputError
 from plumbline.rl.evaluation.compare import compare_benchmark
-from plumbline.rl.evaluation.run import read_rows
 from plumbline.rl.evaluation.scores import Evaluation, Row, summarise
+from plumbline.rl.files import read_rows
 from plumbline.rl.output import MARKER
 from plumbline.rl.stats import Interval
 from plumbline.rl.telemetry import read_metrics

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from plumbline.rl.config import RunConfig
+from plumbline.rl.files import read_rows
 from plumbline.rl.monitoring.publish import StepPublisher
 from plumbline.rl.monitoring.timeline import export_timeline
 from plumbline.rl.trackers import finite, open_trackers
@@ -107,12 +108,4 @@ class Telemetry:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl; a torn last line (the process was killed) is left out."""
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    return read_rows(path) if path.exists() else []

@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from plumbline.errors import InputError
+from plumbline.rl.files import write_whole
 
 PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 RECORD = "trackers.json"
@@ -56,9 +56,7 @@ def open_trackers(names: list[str], project: str, run: str, folder: Path, settin
         tracker, known[name] = STARTS[name](project, run, folder, settings, known.get(name))
         opened.append(tracker)
     if names:
-        fresh = folder / (RECORD + ".new")
-        fresh.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, record)
+        write_whole(record, json.dumps(known, indent=1) + "\n")
     return opened
 
 

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from plumbline.errors import InputError
 from plumbline.rl.evaluation.manifest import MANIFEST, Manifest, read_manifest
-from plumbline.rl.evaluation.run import read_rows
 from plumbline.rl.evaluation.scores import Evaluation, Row, by_problem, summarise
+from plumbline.rl.files import read_rows
 from plumbline.rl.stats import Interval, paired_difference
 
 SHOWN = 10

@@ -19,8 +19,9 @@ from plumbline.rl.evaluation.endpoint import Endpoint
 from plumbline.rl.evaluation.manifest import MANIFEST, Manifest, ResultPart, compare_results, differences, read_manifest
 from plumbline.rl.evaluation.overlap import Overlap, find_overlap
 from plumbline.rl.evaluation.request import SERVED, Job, Request, repeat, resolve
-from plumbline.rl.evaluation.run import GroupSource, digest, evaluate
+from plumbline.rl.evaluation.run import GroupSource, evaluate
 from plumbline.rl.evaluation.scores import Evaluation
+from plumbline.rl.files import sha256
 from plumbline.rl.output import lost_with_the_job, mark_run, prepare_output
 from plumbline.rl.plan import make_plan
 from plumbline.rl.stats import Interval
@@ -72,7 +73,7 @@ def launch_evaluation(request: Request, console: Console) -> bool:
                 )
             results.append(result)
             job.manifest.results[part.name] = ResultPart(
-                completions_sha256=digest(folder / f"{part.name}.jsonl"),
+                completions_sha256=sha256(folder / f"{part.name}.jsonl"),
                 accuracy=result.accuracy.as_dict(),
                 seconds=result.seconds,
             )

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plumbline.errors import InputError
-from plumbline.rl.evaluation.run import digest
+from plumbline.rl.files import sha256, write_whole
 
 MANIFEST = "manifest.json"
 # Files of a policy folder that decide what it answers.
@@ -96,9 +96,7 @@ class Manifest(Part):
     results: dict[str, ResultPart] = {}
 
     def write(self, folder: Path) -> None:
-        fresh = folder / (MANIFEST + ".new")
-        fresh.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(fresh, folder / MANIFEST)
+        write_whole(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
 
 @dataclass
@@ -132,7 +130,7 @@ def read_manifest(path: Path) -> Manifest:
 def model_files(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of a policy folder that decide what it answers."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in MODEL_SUFFIXES)
-    return {path.name: digest(path) for path in files}
+    return {path.name: sha256(path) for path in files}
 
 
 def machine() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 from plumbline.rewards.workers import Grader
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
 from plumbline.rl.evaluation.scores import Evaluation, Row, by_problem, summarise, votes
+from plumbline.rl.files import read_rows, write_whole
 from plumbline.rl.tasks import TaskSet
 
 
@@ -128,9 +128,7 @@ def evaluate(
         partial.unlink()
     result = summarise(name, rows, earlier_seconds + time.monotonic() - began)
     result.settings = settings_of(policy, sampling, completions)
-    summary = output / f"{name}.json.new"
-    summary.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(summary, output / f"{name}.json")
+    write_whole(output / f"{name}.json", json.dumps(result.as_dict(), indent=1) + "\n")
     return result
 
 
@@ -185,26 +183,6 @@ def completion_rows(group: Group, tasks: TaskSet, grader: Grader | None) -> list
         }
         for number, completion in enumerate(group.completions)
     ]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a completions file; a torn last line (the process was killed) is left out."""
-    rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def _write(path: Path, rows: list[Row]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
+
+from plumbline.rl.files import write_whole
 
 # Task events reach the head node once a second.
 SETTLE_SECONDS = 3.0
@@ -64,9 +65,7 @@ def export_timeline(path: Path, step: int, began: float, ended: float) -> int:
     ]
     for event in events:
         event["tid"] = rows[event["tid"]]
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps({"traceEvents": named + events, "displayTimeUnit": "ms"}), encoding="utf-8")
-    os.replace(fresh, path)
+    write_whole(path, json.dumps({"traceEvents": named + events, "displayTimeUnit": "ms"}))
     return len(events) - 1
 
 

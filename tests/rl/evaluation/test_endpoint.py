@@ -12,7 +12,7 @@ from plumbline.rl.evaluation.endpoint import Endpoint, EndpointError, Messages
 from plumbline.rl.evaluation.launch import launch_evaluation
 from plumbline.rl.evaluation.manifest import read_manifest
 from plumbline.rl.evaluation.request import Request
-from plumbline.rl.evaluation.run import read_rows
+from plumbline.rl.files import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from plumbline.rl.evaluation.launch import launch_evaluation
 from plumbline.rl.evaluation.manifest import read_manifest
 from plumbline.rl.evaluation.presets import PRESETS, Settings, choose
 from plumbline.rl.evaluation.request import Request, benchmark_name, resolve
-from plumbline.rl.evaluation.run import read_rows
+from plumbline.rl.files import read_rows
 from plumbline.rl.grading import binary, grade_group
 from plumbline.rl.rollout.native import NativeEngine
 from plumbline.rl.tasks import TaskSet

@@ -32,6 +32,18 @@ def history_rows(groups: list[Group], step: int) -> list[dict[str, Any]]:
     ]
 
 
+def graded_fields(group: Group, number: int) -> dict[str, Any]:
+    """What every record of a completion tells of it: its text, and what the grader made of that."""
+    return {
+        "problem": group.prompt.text,
+        "response": group.completions[number].text,
+        "gold": group.prompt.gold,
+        "answer": group.answers[number],
+        "correct": group.correct[number],
+        "reason": group.reasons[number],
+    }
+
+
 def completion_rows(step: int, groups: list[Group]) -> list[dict[str, Any]]:
     """One row a completion, with its text and verdict: what the completion log keeps and the reward check reads."""
     return [
@@ -39,13 +51,8 @@ def completion_rows(step: int, groups: list[Group]) -> list[dict[str, Any]]:
             "step": step,
             "sample_id": group.prompt.sample_id,
             "rollout": group.prompt.first_rollout + number,
-            "problem": group.prompt.text,
-            "response": completion.text,
-            "gold": group.prompt.gold,
-            "answer": group.answers[number],
+            **graded_fields(group, number),
             "reward": group.rewards[number],
-            "correct": group.correct[number],
-            "reason": group.reasons[number],
             "tokens": len(completion.token_ids),
             "truncated": completion.truncated,
         }

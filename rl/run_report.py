@@ -91,7 +91,7 @@ def read_run(folder: Path, label: str) -> Run:
         folder,
         label,
         json.loads(marker.read_text(encoding="utf-8")),
-        dict(flat(yaml.safe_load(config.read_text(encoding="utf-8")))),
+        {name: str(value) for name, value in flat(yaml.safe_load(config.read_text(encoding="utf-8")))},
     )
     for path in [folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl"))]:
         rows = read_metrics(path.parent)

@@ -130,7 +130,7 @@ def _start_mlflow(
     experiment = client.get_experiment_by_name(project)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(project)
     started = client.create_run(experiment_id, run_name=run)
-    parameters = [Param(name, value) for name, value in flat(settings)]
+    parameters = [Param(name, str(value)) for name, value in flat(settings)]
     for first in range(0, len(parameters), MLFLOW_BATCH):
         client.log_batch(started.info.run_id, params=parameters[first : first + MLFLOW_BATCH])
     return _Mlflow(client, started.info.run_id), str(started.info.run_id)
@@ -143,12 +143,12 @@ STARTS: dict[str, Callable[[str, str, Path, dict[str, Any], str | None], tuple[T
 }
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted name, text)."""
-    found: list[tuple[str, str]] = []
+def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (dotted name, value)."""
+    found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        found += flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, str(value))]
+        found += flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
     return found
 
 

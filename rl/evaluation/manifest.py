@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plumbline.errors import InputError
 from plumbline.rl.files import sha256, write_whole
+from plumbline.rl.trackers import flat
 
 MANIFEST = "manifest.json"
 # Files of a policy folder that decide what it answers.
@@ -171,13 +172,7 @@ def _deciding(manifest: Manifest) -> dict[str, Any]:
     tree = manifest.model_dump(include={"model", "engine", "prompt", "grading", "seed", "benchmarks"})
     tree["model"].pop("path")  # a model may move
     tree["benchmarks"] = {part["name"]: part for part in tree["benchmarks"]}
-    return dict(_flat(tree, ""))
-
-
-def _flat(node: Any, prefix: str) -> list[tuple[str, Any]]:
-    if isinstance(node, dict):
-        return [pair for key, value in node.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
-    return [(prefix, node)]
+    return dict(flat(tree))
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from plumbline.rewards.workers import Grader
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
 from plumbline.rl.evaluation.scores import Evaluation, Row, by_problem, summarise, votes
 from plumbline.rl.files import read_rows, write_whole
+from plumbline.rl.records import graded_fields
 from plumbline.rl.tasks import TaskSet
 
 
@@ -171,12 +172,7 @@ def completion_rows(group: Group, tasks: TaskSet, grader: Grader | None) -> list
             "sample_id": group.prompt.sample_id,
             "rollout": number,
             **about,
-            "problem": group.prompt.text,
-            "response": completion.text,
-            "gold": group.prompt.gold,
-            "answer": group.answers[number],
-            "correct": group.correct[number],
-            "reason": group.reasons[number],
+            **graded_fields(group, number),
             "vote": chosen[number],
             "tokens": completion.tokens if isinstance(completion, ServedCompletion) else len(completion.token_ids),
             "truncated": completion.truncated,

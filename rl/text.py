@@ -13,6 +13,8 @@ from plumbline.models.load import load_tokenizer, policy_folder
 from plumbline.rl.config import PromptSection
 
 PROMPT_FILE = "prompt.json"
+# What most maths checkpoints were trained to be asked.
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 class PromptStyle(BaseModel):
@@ -28,7 +30,7 @@ class PromptStyle(BaseModel):
 
     template: Literal["chat", "plain"] | None = None
     system: str | None = None
-    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    instruction: str = BOXED
 
     @classmethod
     def read(cls, folder: Path, overrides: PromptSection | None = None) -> PromptStyle:
@@ -43,6 +45,15 @@ class PromptStyle(BaseModel):
             chosen = overrides.model_dump(include={"template", "system", "instruction"}, exclude_none=True)
             style = style.model_copy(update=chosen)
         return style
+
+    def text(self, problem: str) -> str:
+        """The problem as the user puts it."""
+        return f"{problem}\n\n{self.instruction}" if self.instruction else problem
+
+    def messages(self, problem: str) -> list[dict[str, str]]:
+        """The same as a chat."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return [*head, {"role": "user", "content": self.text(problem)}]
 
 
 class Codec:
@@ -67,11 +78,9 @@ class Codec:
 
     def encode(self, problem: str) -> list[int]:
         """Token ids of the whole prompt."""
-        text = f"{problem}\n\n{self.style.instruction}" if self.style.instruction else problem
         if not self.chat:
-            return list(self.tokenizer(text)["input_ids"])
-        messages = [{"role": "system", "content": self.style.system}] if self.style.system else []
-        messages.append({"role": "user", "content": text})
+            return list(self.tokenizer(self.style.text(problem))["input_ids"])
+        messages = self.style.messages(problem)
         rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 

@@ -17,6 +17,7 @@ from plumbline.rl.batch import Group, Prompt, Sampling
 from plumbline.rl.evaluation.run import ServedCompletion
 from plumbline.rl.grading import binary, grade_group
 from plumbline.rl.rollout.sampler import sequence_key
+from plumbline.rl.text import PromptStyle
 
 # Worth asking again: too many requests, and faults of the server or of what stands before it.
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
@@ -36,16 +37,10 @@ class Messages:
     """
 
     def __init__(self, system: str | None, instruction: str) -> None:
-        self.system = system
-        self.instruction = instruction
-
-    def messages(self, problem: str) -> list[dict[str, str]]:
-        text = f"{problem}\n\n{self.instruction}" if self.instruction else problem
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        return [*head, {"role": "user", "content": text}]
+        self.style = PromptStyle(system=system, instruction=instruction)
 
     def encode(self, problem: str) -> list[int]:
-        return list(json.dumps(self.messages(problem), ensure_ascii=False).encode())
+        return list(json.dumps(self.style.messages(problem), ensure_ascii=False).encode())
 
 
 class Endpoint:
@@ -114,7 +109,7 @@ class Endpoint:
             "/chat/completions",
             {
                 "model": self.model,
-                "messages": self.messages.messages(prompt.text),
+                "messages": self.messages.style.messages(prompt.text),
                 "max_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,

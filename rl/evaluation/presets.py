@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from plumbline.errors import InputError
+from plumbline.rl.text import BOXED
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,6 @@ class Preset:
     def settings(self, benchmark: str) -> Settings:
         return self.own.get(benchmark, self.default)
 
-
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 PRESETS = {
     "limr": Preset(

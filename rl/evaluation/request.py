@@ -24,9 +24,10 @@ from plumbline.rl.evaluation.manifest import (
     machine,
     model_files,
 )
-from plumbline.rl.evaluation.presets import BOXED, Settings, choose
+from plumbline.rl.evaluation.presets import Settings, choose
 from plumbline.rl.output import versions
 from plumbline.rl.tasks import Encoder, TaskSet, evaluation_tasks
+from plumbline.rl.text import BOXED, Codec
 
 MAX_PROMPT_TOKENS = 4096
 # A shard holds this many times as many completions as are decoded at once: few idle slots at its end, little lost to a kill.
@@ -196,14 +197,13 @@ def _job(
     if served:
         instruction = prompt.get("instruction")
         messages = Messages(prompt.get("system"), BOXED if instruction is None else instruction)
-        style = PromptPart(system=messages.system, instruction=messages.instruction)
+        style = PromptPart(system=messages.style.system, instruction=messages.style.instruction)
         # Messages are counted in bytes here; the server knows its own limit.
         config.prompt.max_tokens = 1_000_000
         encoder = messages
         files: dict[str, str] = {}
     else:
         from plumbline.models.load import policy_folder
-        from plumbline.rl.text import Codec
 
         encoder = codec = Codec(model, overrides=config.prompt)
         files = model_files(policy_folder(model))

@@ -26,7 +26,7 @@ from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig, parse_config
 from plumbline.rl.learner import Learner
 from plumbline.rl.learner_state import policy_weights
-from plumbline.rl.rollout.native import NativeEngine
+from plumbline.rl.rollout import make_engine
 from plumbline.rl.text import Codec
 
 
@@ -107,11 +107,7 @@ def ours(
     """Seconds of each phase of each counted step."""
     codec = Codec(config.policy.path)
     settings = config.rollout
-    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
-    policy = config.policy
-    engine = NativeEngine(
-        policy.path, attention=policy.attention, codec=codec, slots=settings.slots, device=device, dtype=dtype
-    )
+    engine = make_engine(config, config.policy.path, config.policy.attention, codec, device)
     learner = Learner(config, device)
     phases: list[dict[str, float]] = []
     for step in range(warmup + steps):

@@ -33,7 +33,7 @@ from scipy.stats import t as student
 from plumbline.errors import InputError
 from plumbline.rl.config import RunConfig, load_config
 from plumbline.rl.files import write_whole
-from plumbline.selection.methods import METHODS, method_named
+from plumbline.selection.methods import METHODS, arm_name, method_named
 
 COUNTED = ("random", "linear", "variance", "p(1-p)")
 DEFAULT = "full,random,linear,pass_rate,variance,lim"
@@ -116,7 +116,6 @@ def run_seed(config: RunConfig, methods: list[str], results: Results, roles: Any
     """All arms of one seed. Returns what had to be left out, in words."""
     from plumbline.rl.loop import train
     from plumbline.rl.pipeline import evaluate_stage, refuse_overlap, stage
-    from plumbline.rl.selecting import arm_name
     from plumbline.rl.tasks import TaskSet, evaluation_tasks, training_tasks
     from plumbline.rl.text import Codec
 

@@ -154,6 +154,7 @@ class LearnerWorker:
         import torch
 
         from plumbline.rl import learner_state
+        from plumbline.rl.rollout import absolute_sum
 
         weights = learner_state.policy_weights(self.learner)
         if self.ranks.rank:
@@ -161,7 +162,7 @@ class LearnerWorker:
         half = self.learner.config.rollout.precision == "bfloat16"
         if half:
             weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
-        checksum = torch.stack([tensor.abs().sum(dtype=torch.float64) for tensor in weights.values()]).sum().item()
+        checksum = absolute_sum(weights.values())
         arrays = {name: (t.view(torch.int16) if half else t).cpu().numpy() for name, t in weights.items()}
         return {"version": self.learner.version, "arrays": arrays, "checksum": checksum}
 

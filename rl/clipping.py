@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from plumbline.rl.adagc import AdaptiveGradientClipper
 from plumbline.rl.config import ClippingSection
+from plumbline.rl.distributed import whole
 from plumbline.rl.zclip import ZScoreClipper
 
 
@@ -33,9 +34,8 @@ class GlobalClipper:
         self.max_norm = max_norm
 
     def clip(self) -> Tensor:
-        total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         # A DTensor's norm is a partial sum on each rank until it is made whole.
-        total = total.full_tensor() if hasattr(total, "full_tensor") else total
+        total = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if math.isfinite(self.max_norm) and bool(torch.isfinite(total)):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, total)
         return total

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -21,9 +20,10 @@ from plumbline.rl.files import write_whole
 from plumbline.rl.loop import TrainingResult, train
 from plumbline.rl.memory import MemoryWatch
 from plumbline.rl.report import write_report
-from plumbline.rl.selecting import Selected, arm_name, arms, select, whole_epochs
+from plumbline.rl.selecting import Selected, arms, select, whole_epochs
 from plumbline.rl.tasks import TaskSet, evaluation_tasks, training_tasks
 from plumbline.rl.text import Codec
+from plumbline.selection.methods import arm_name
 
 
 @dataclass
@@ -58,7 +58,7 @@ class PipelineResult:
                 "variant": self.config.selection.variant,
                 "rule": self.selected.chosen.rule,
                 "threshold": self.selected.chosen.low,
-                "scored": int((~np.isnan(self.selected.chosen.scores)).sum()),
+                "scored": self.selected.scored,
                 "kept": len(self.selected.kept),
                 "incomplete": int(self.selected.chosen.incomplete.sum()),
                 "warnings": self.selected.warnings,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def write_report(result: PipelineResult, full: TaskSet, path: Path) -> None:
     """Accuracy, the average learning curve with example curves, the scores, the training curves, the selected samples."""
     config, selected, chosen = result.config, result.selected, result.selected.chosen
-    scored = int((~np.isnan(chosen.scores)).sum())
+    scored = selected.scored
     runs = {name: read_metrics(config.folder / name) for name in result.training}
     cost = result.training["prerun"].rollouts
     sections: list[Section] = [

@@ -11,9 +11,10 @@ import numpy as np
 from plumbline.errors import InputError
 from plumbline.rl.config import RunConfig
 from plumbline.rl.tasks import TaskSet
+from plumbline.selection.curves import VALUES
 from plumbline.selection.facts import Facts, sample_facts
 from plumbline.selection.history import curves
-from plumbline.selection.methods import Selection, select_samples
+from plumbline.selection.methods import Selection, arm_name, curve_value, select_samples
 from plumbline.selection.subset import nothing_kept
 
 
@@ -35,19 +36,19 @@ class Selected:
     value: str
     warnings: list[str]
 
+    @property
+    def scored(self) -> int:
+        """Samples with a score."""
+        return int((~np.isnan(self.chosen.scores)).sum())
+
     def lines(self) -> list[str]:
         """How many are kept and why, for a person."""
-        chosen, scored = self.chosen, int((~np.isnan(self.chosen.scores)).sum())
+        chosen = self.chosen
         said = [
             f"{chosen.method} keeps {len(self.kept):,} of {len(chosen.sample_ids):,} samples: {chosen.rule} "
-            f"({scored:,} have a score, over {chosen.curves.shape[1]} epochs); the random arm draws as many"
+            f"({self.scored:,} have a score, over {chosen.curves.shape[1]} epochs); the random arm draws as many"
         ]
         return said + [f"warning: {warning}" for warning in self.warnings]
-
-
-def arm_name(method: str) -> str:
-    """The name of a method's arm: of its folder, its run and its figures in summary.json."""
-    return method.replace("(", "").replace(")", "")
 
 
 def arms(config: RunConfig) -> tuple[str, ...]:
@@ -74,7 +75,7 @@ def select(config: RunConfig, history: Path, full: TaskSet) -> Selected:
     Raises InputError when the method cannot score this history, or keeps nothing of it.
     """
     settings = config.selection
-    value = "reward" if settings.method == "lim" and settings.variant == "paper" else "correct"
+    value = curve_value(settings.method, settings.variant)
     sample_ids, table = curves(history, value=value, epochs=whole_epochs(config, len(full)))
     try:
         chosen = select_samples(
@@ -96,8 +97,7 @@ def select(config: RunConfig, history: Path, full: TaskSet) -> Selected:
     drawn = np.random.default_rng(config.seed).choice(np.array(sorted(full)), size=len(kept), replace=False)
     random = kept if settings.method == "random" else sorted(drawn.tolist())
     facts = sample_facts(history)
-    measured = "mean reward of a sample's rollouts" if value == "reward" else "share of a sample's rollouts correct"
-    selected = Selected(chosen, kept, random, measured, _warnings(config, chosen, facts))
+    selected = Selected(chosen, kept, random, VALUES[value], _warnings(config, chosen, facts))
     _write(config.folder / "selection", selected, facts, full)
     return selected
 

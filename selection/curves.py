@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from plumbline.selection.segments import iterate_stored, read_samples, runs
 
-VALUES = ("correct", "reward")
+# What a curve can measure, and that in words.
+VALUES = {"correct": "share of a sample's rollouts correct", "reward": "mean reward of a sample's rollouts"}
 # Appends of small steps are gathered to this many rows before they are counted.
 GATHERED_ROWS = 1 << 20
 

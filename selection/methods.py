@@ -87,6 +87,16 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def arm_name(method: str) -> str:
+    """A method's name in paths and keys: of its arm's folder and run, and of its figures in summary.json."""
+    return method.replace("(", "").replace(")", "")
+
+
+def curve_value(method: str, variant: str) -> str:
+    """What the method's curves measure, of curves.VALUES."""
+    return "reward" if method == "lim" and variant == "paper" else "correct"
+
+
 def select_samples(
     method: str,
     sample_ids: Sequence[str],

@@ -58,18 +58,19 @@ def select(
 
     from plumbline.errors import InputError
     from plumbline.selection import lim
-    from plumbline.selection.methods import method_named, select_samples
+    from plumbline.selection.curves import VALUES
+    from plumbline.selection.methods import arm_name, curve_value, method_named, select_samples
     from plumbline.selection.report import render_html, render_markdown
     from plumbline.selection.selection_report import sections
     from plumbline.selection.subset import nothing_kept, write_subset
 
     console = Console(highlight=False)
-    folder = output or Path("runs") / f"select-{method.replace('(', '').replace(')', '')}"
+    folder = output or Path("runs") / f"select-{arm_name(method)}"
     try:
         method_named(method)
         if variant not in lim.VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; there are {', '.join(lim.VARIANTS)}")
-        value = "reward" if method == "lim" and variant == "paper" else "correct"
+        value = curve_value(method, variant)
         imported = {"id_column": id_column, "correct_at": correct_at, "reward": reward}
         ids, curves, facts, source = _read(history, folder, run, value, epochs, imported)
         chosen = select_samples(
@@ -79,8 +80,7 @@ def select(
         if not chosen.kept.any():
             raise ValueError(nothing_kept(chosen))
         problems = _problems(data, chosen) if data is not None else _problems_of_run(history, chosen, console)
-        measured = "mean reward of a sample's rollouts" if value == "reward" else "share of a sample's rollouts correct"
-        parts = sections(chosen, value=measured, source=source, facts=facts, problems=problems, seed=seed)
+        parts = sections(chosen, value=VALUES[value], source=source, facts=facts, problems=problems, seed=seed)
         paths = write_subset(chosen, folder, problems)
         title = f"plumbline select: {method}"
         (folder / "report.html").write_text(render_html(title, parts), encoding="utf-8")

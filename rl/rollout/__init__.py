@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class RolloutEngine(Protocol):
         ...
 
     def checksum(self) -> float:
-        """Sum of absolute weights in float64."""
+        """absolute_sum of the weights it holds."""
         ...
 
     def sleep(self) -> None:
@@ -35,6 +35,13 @@ class RolloutEngine(Protocol):
         ...
 
     def wake(self) -> None: ...
+
+
+def absolute_sum(tensors: Iterable[Tensor]) -> float:
+    """Sum of absolute values in float64: equal on both sides of a transfer if it was whole."""
+    import torch
+
+    return torch.stack([tensor.detach().abs().sum(dtype=torch.float64) for tensor in tensors]).sum().item()
 
 
 def make_engine(config: RunConfig, path: str, attention: str | None, codec: Codec, device: str) -> RolloutEngine:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plumbline.models.load import load_policy
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
+from plumbline.rl.rollout import absolute_sum
 from plumbline.rl.rollout.sampler import draw, sequence_key
 
 if TYPE_CHECKING:
@@ -89,9 +90,8 @@ class NativeEngine:
         self.version = version
 
     def checksum(self) -> float:
-        """Sum of absolute weights in float64: equal on both sides of a transfer if it was whole."""
-        parts = [parameter.detach().abs().sum(dtype=torch.float64) for parameter in self.policy.parameters()]
-        return torch.stack(parts).sum().item()
+        """absolute_sum of the weights."""
+        return absolute_sum(self.policy.parameters())
 
     def sleep(self) -> None:
         """Leave the GPU to others: weights to the host, cache and graphs dropped."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plumbline.errors import InputError
 from plumbline.models.load import policy_config, policy_folder
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
+from plumbline.rl.rollout import absolute_sum
 
 if TYPE_CHECKING:
     from plumbline.rl.text import Codec
@@ -88,7 +89,7 @@ class VLLMEngine:
         self.version = version
 
     def checksum(self) -> float:
-        """Sum of absolute weights in float64. Merged projections and zero padding of the vocabulary leave it as it is."""
+        """absolute_sum of the weights. Merged projections and zero padding of the vocabulary leave it as it is."""
         return sum(self.llm.apply_model(_absolute_sum))
 
     def sleep(self) -> None:
@@ -149,5 +150,4 @@ def _load(worker: Any, tensors: list[tuple[str, Tensor]]) -> None:
 
 
 def _absolute_sum(model: nn.Module) -> float:
-    parts = [parameter.detach().abs().sum(dtype=torch.float64) for parameter in model.parameters()]
-    return torch.stack(parts).sum().item()
+    return absolute_sum(model.parameters())

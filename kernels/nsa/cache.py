@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from plumbline.kernels.nsa.config import NSAConfig, PhiParams, block_counts, overlap_weights
+from plumbline.kernels.nsa.config import NSAConfig, PhiParams, block_counts, key_position, overlap_weights
 from plumbline.kernels.nsa.layout import Layout
 from plumbline.kernels.nsa.reference import compress_padded
 
@@ -86,7 +86,7 @@ class NSACache:
             for branch, pair in zip(BRANCHES, (kv_cmp, kv_slc, kv_win), strict=True)
             for store, x in zip(self.raw[branch], pair, strict=True)
         ]
-        weights = ((params.k_weight, key_position(params, config)), (params.v_weight, params.v_position))
+        weights = ((params.k_weight, key_position(params.k_position, config)), (params.v_weight, params.v_position))
         for store, x, (weight, position) in zip(self.blocks, kv_cmp, weights, strict=True):
             made = compress_padded(layout.pad(x), weight, position, config.block, config.stride, config.phi)
             pairs.append((store, made))
@@ -102,11 +102,6 @@ class NSACache:
             b, i = (at < reach[:, None]).nonzero(as_tuple=True)
             size = store.shape[2]
             store[slots[b, i // size], :, i % size] = x[b, :, i].to(store.dtype)
-
-
-def key_position(params: PhiParams, config: NSAConfig) -> Tensor | None:
-    """The position that cached compressed keys hold (see NSACache.blocks)."""
-    return params.k_position if config.phi == "mlp" else None
 
 
 class DecodePlan:

@@ -123,6 +123,12 @@ def check_counts(layout: Layout, blocks: Layout, block: int, stride: int) -> Non
         )
 
 
+def key_position(k_position: Tensor, config: NSAConfig) -> Tensor | None:
+    """k_position where compressed keys hold it. Unless phi is an mlp, it adds the same vector to all of them, which no
+    softmax sees: left out, it costs no precision, and its gradient is zero."""
+    return k_position if config.phi == "mlp" else None
+
+
 def block_counts(lengths: Tensor, block: int, stride: int) -> Tensor:
     """Complete compression blocks of sequences of these lengths."""
     return torch.where(lengths >= block, (lengths - block) // stride + 1, torch.zeros_like(lengths))

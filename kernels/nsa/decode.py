@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from plumbline.kernels.nsa.backend import Backend, use_triton
-from plumbline.kernels.nsa.cache import BRANCHES, DecodePlan, NSACache, key_position
-from plumbline.kernels.nsa.config import PhiParams
+from plumbline.kernels.nsa.cache import BRANCHES, DecodePlan, NSACache
+from plumbline.kernels.nsa.config import PhiParams, key_position
 from plumbline.kernels.nsa.reference import choose, compressed_logits, compressed_probabilities, phi, weigh
 
 
@@ -75,7 +75,7 @@ def decode_step(
 
 
 def _complete_blocks(cache: NSACache, plan: DecodePlan, params: PhiParams) -> None:
-    weights = ((params.k_weight, key_position(params, cache.config)), (params.v_weight, params.v_position))
+    weights = ((params.k_weight, key_position(params.k_position, cache.config)), (params.v_weight, params.v_position))
     for store, raw, (weight, position) in zip(cache.blocks, cache.raw["cmp"], weights, strict=True):
         windows = plan.read(raw, plan.block_tokens, plan.complete)
         made = phi(windows.to(weight.dtype), weight, position, cache.config.phi)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plumbline.kernels.nsa.cache import DecodePlan, NSACache, key_position
-from plumbline.kernels.nsa.config import PhiParams
+from plumbline.kernels.nsa.cache import DecodePlan, NSACache
+from plumbline.kernels.nsa.config import PhiParams, key_position
 from plumbline.kernels.nsa.triton_backend.common import LOG2E, exact, load_rows, pad_dim, precision, rows_contiguous
 from plumbline.kernels.nsa.triton_backend.phi import append, second_layer
 from plumbline.kernels.nsa.triton_backend.scores import store_chosen
@@ -335,7 +335,7 @@ def append_tokens(
     inputs = [rows_contiguous(x) for pair in (kv_cmp, kv_slc, kv_win) for x in pair]
     stores = [x for branch in ("cmp", "slc", "win") for x in cache.raw[branch]]
     kind = {"linear": 0, "mean": 1, "mlp": 2}[config.phi]
-    position = key_position(params, config)
+    position = key_position(params.k_position, config)
     k_weight, v_weight, v_position = (x.contiguous() for x in (params.k_weight, params.v_weight, params.v_position))
     k_position = position.contiguous() if position is not None else v_position
     hidden = torch.empty(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from plumbline.kernels.nsa.config import NSAConfig, PhiParams
+from plumbline.kernels.nsa.config import NSAConfig, PhiParams, key_position
 from plumbline.kernels.nsa.layout import Layout
 from plumbline.kernels.nsa.triton_backend import mix
 from plumbline.kernels.nsa.triton_backend.common import LN2, LOG2E, pad_dim, rows_contiguous
@@ -94,7 +94,7 @@ class FusedAttention(torch.autograd.Function):
         )
         gates = gates.contiguous()
         phi = Phi(layout, config.block, config.stride, config.phi)
-        k_cmp = phi.forward(k_raw, k_weight, _position(k_position, config))
+        k_cmp = phi.forward(k_raw, k_weight, key_position(k_position, config))
         v_cmp = phi.forward(v_raw, v_weight, v_position)
         o_cmp = lse_cmp = None
         if k_cmp.shape[0] > 0:
@@ -152,17 +152,11 @@ class FusedAttention(torch.autograd.Function):
         flat = [g.to(q.dtype) for name in ("slc", "win") for g in grads[name]]
         if not has_cmp:
             return dq, None, None, *flat, d_gates, *[None] * 8
-        dk, dk_weight, dk_position = phi.backward(k_raw, k_weight, _position(k_position, config), grads["cmp"][0])
+        dk, dk_weight, dk_position = phi.backward(k_raw, k_weight, key_position(k_position, config), grads["cmp"][0])
         dv, dv_weight, dv_position = phi.backward(v_raw, v_weight, v_position, grads["cmp"][1])
         if dk_position is None:
             dk_position = torch.zeros_like(k_position)
         return dq, dk, dv, *flat, d_gates, dk_weight, dk_position, dv_weight, dv_position, *[None] * 4
-
-
-def _position(k_position: Tensor, config: NSAConfig) -> Tensor | None:
-    """Unless phi is an mlp, k_position adds the same vector to every compressed key, which no softmax sees. Left out,
-    it costs no precision; its gradient is zero."""
-    return k_position if config.phi == "mlp" else None
 
 
 def pair_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -56,6 +56,16 @@ def is_algebraic(value: Value) -> bool:
     return all(atom == "i" or (atom[0] == "#") for poly in value for mono in poly for atom, _ in mono)
 
 
+def add_into(out: Poly, more: Poly) -> None:
+    """out += more; products whose coefficients cancel are dropped."""
+    for mono, c in more.items():
+        total = out.get(mono, 0) + c
+        if total:
+            out[mono] = total
+        else:
+            out.pop(mono, None)
+
+
 class Arithmetic:
     """Sums, products and quotients of normal forms; remembers what stands under roots and counts its work."""
 
@@ -73,12 +83,7 @@ class Arithmetic:
     def add_poly(self, a: Poly, b: Poly) -> Poly:
         self.spend(len(a) + len(b))
         out = dict(a)
-        for mono, c in b.items():
-            total = out.get(mono, 0) + c
-            if total:
-                out[mono] = total
-            else:
-                out.pop(mono, None)
+        add_into(out, b)
         if len(out) > MAX_TERMS:
             raise TooHard("too many terms")
         return out
@@ -104,12 +109,7 @@ class Arithmetic:
                     for atom, e in m2:
                         exponents[atom] = exponents.get(atom, Fraction(0)) + e
                     pieces = self.reduce(exponents, coefficient)
-                for mono, c in pieces.items():
-                    total = out.get(mono, 0) + c
-                    if total:
-                        out[mono] = total
-                    else:
-                        out.pop(mono, None)
+                add_into(out, pieces)
         if len(out) > MAX_TERMS:
             raise TooHard("too many terms")
         return out

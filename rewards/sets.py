@@ -47,12 +47,9 @@ def _pieces(answer: Answer) -> list[Piece] | None:
         piece = Piece(low, low_closed, high, high_closed)
         return [piece] if piece.at[0] <= piece.at[1] else None
     if isinstance(answer, Union):
-        out: list[Piece] = []
-        for part in answer.parts:
-            found = _pieces(part)
-            if found is None:
-                return None
-            out.extend(found)
+        out = _joined_pieces(answer.parts)
+        if out is None:
+            return None
         for gone in answer.removed:
             holes = gone.items if isinstance(gone, Many) else (gone,)
             for hole in holes:
@@ -91,13 +88,7 @@ def _pieces(answer: Answer) -> list[Piece] | None:
                         return None
                     out = _without(out, excluded.node)
                 return out
-            out = []
-            for item in answer.items:
-                found = _pieces(item)
-                if found is None:
-                    return None
-                out.extend(found)
-            return out
+            return _joined_pieces(answer.items)
     return None
 
 

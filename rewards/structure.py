@@ -72,6 +72,10 @@ class _Reader:
         tokens = unwrap_braces(tokenize(text))
         return self.from_tokens(tokens, text)
 
+    def part(self, tokens: list[Token]) -> Answer:
+        """What a part of the answer is, one level down."""
+        return _Reader("", self.depth + 1).from_tokens(tokens)
+
     def from_tokens(self, tokens: list[Token], text: str = "") -> Answer:
         if not tokens:
             raise Unreadable("empty")
@@ -136,11 +140,7 @@ class _Reader:
             tokens, commas = self.grouped(tokens, commas)
         joined = joiner(tokens, commas)
         if joined == "or":
-            ways = [
-                _Reader("", self.depth + 1).from_tokens(p)
-                for p in split(tokens, [i for i in commas if is_or(tokens[i])])
-                if p
-            ]
+            ways = [self.part(p) for p in split(tokens, [i for i in commas if is_or(tokens[i])]) if p]
             if len(ways) > 1 and all(isinstance(way, Many) and not way.braced and _is_system(way) for way in ways):
                 return Many(tuple(ways), joined="or")  # x=1, y=2 or x=2, y=1
         pieces = split(tokens, commas)
@@ -150,7 +150,7 @@ class _Reader:
         pieces = [piece for piece in pieces if piece]
         items: list[Answer] = []
         for piece in pieces:
-            item = _Reader("", self.depth + 1).from_tokens(piece)
+            item = self.part(piece)
             items.append(item.items[0] if isinstance(item, Many) and len(item.items) == 1 and not item.braced else item)
         # "x = 1 or 2" and "a, b or c" are one flat list
         flat: list[Answer] = []
@@ -295,7 +295,7 @@ class _Reader:
             rows.append([*row, cell])
         if kind == "cases":
             return self.cases([[_condition(c) for c in r] for r in rows])
-        cells = tuple(tuple(_Reader("", self.depth + 1).from_tokens(c) for c in r) for r in rows)
+        cells = tuple(tuple(self.part(c) for c in r) for r in rows)
         if len({len(r) for r in cells}) != 1:
             raise Unreadable("rows of different lengths")
         return Matrix(cells, "det" if kind == "vmatrix" else "norm" if kind == "Vmatrix" else "matrix", factor)
@@ -303,7 +303,7 @@ class _Reader:
     def cases(self, rows: list[list[list[Token]]]) -> Answer:
         """Equations of a system, or the branches of a piecewise function, in any order."""
         if all(len(row) == 1 for row in rows):
-            parts = [_Reader("", self.depth + 1).from_tokens(row[0]) for row in rows if row[0]]
+            parts = [self.part(row[0]) for row in rows if row[0]]
             return Many(tuple(p for part in parts for p in (part.items if isinstance(part, Many) else (part,))))
         if any(len(row) != 2 for row in rows):
             raise Unreadable("a branch without its condition")
@@ -313,8 +313,8 @@ class _Reader:
             if words in ("otherwise", "else") or any(t.kind == "t" for t in condition):
                 when: Answer = Words(re.sub(r"\s+", "", words))
             else:
-                when = _Reader("", self.depth + 1).from_tokens(condition)
-            branches.append(Ordered("case", "case", (_Reader("", self.depth + 1).from_tokens(value), when)))
+                when = self.part(condition)
+            branches.append(Ordered("case", "case", (self.part(value), when)))
         return Many(tuple(branches), braced=True)
 
     def bracketed(self, tokens: list[Token]) -> Answer | None:
@@ -330,7 +330,7 @@ class _Reader:
         if first == "]" or (first in "([" and last == "[" and len(tokens) > 2):
             commas = [i for i, t in enumerate(inner) if t.value == ","]
             if len(commas) == 1 and last in ("[", "]", ")", "("):
-                items = tuple(_Reader("", self.depth + 1).from_tokens(p) for p in split(inner, commas))
+                items = tuple(self.part(p) for p in split(inner, commas))
                 return Ordered("(" if first == "]" else first, ")" if last == "[" else last, items)
         if last not in (")", "]", "\\}", "\\rangle") or not inner:
             return None
@@ -343,8 +343,8 @@ class _Reader:
                 return None
             bars = [i for i, t in enumerate(inner) if depth[i] == 0 and t.value in ("|", ":") and t.kind == "x"]
             if len(bars) == 1 and not spots:
-                return _Reader("", self.depth + 1).from_tokens(inner[bars[0] + 1 :])
-            members = [_Reader("", self.depth + 1).from_tokens(p) for p in split(inner, spots) if p]
+                return self.part(inner[bars[0] + 1 :])
+            members = [self.part(p) for p in split(inner, spots) if p]
             flat = [
                 f for item in members for f in (item.items if isinstance(item, Many) and not item.braced else (item,))
             ]
@@ -353,7 +353,7 @@ class _Reader:
             return None
         if first == "\\langle":
             first, last = "(", ")"
-        return Ordered(first, last, tuple(_Reader("", self.depth + 1).from_tokens(p) for p in split(inner, spots)))
+        return Ordered(first, last, tuple(self.part(p) for p in split(inner, spots)))
 
 
 def _is_system(many: Many) -> bool:

@@ -62,31 +62,14 @@ class Values:
         """A test at fixed points: False as soon as one point tells the trees apart; True only at high precision."""
         if len(names) > 12:
             raise TooHard("too many symbols")
-        told = 0
-        for point in points(names):
-            try:
-                differ = test(Double(), point)
-            except (Unevaluable, OverflowError, ZeroDivisionError):
-                continue
-            if differ:
-                return False
-            if differ is not None:
-                told += 1
+        if points_alike(names, Double, test) is None:
+            return False
         if not self.deep:
             return None
         from plumbline.rewards.deep import Precise
 
-        told = 0
-        for point in points(names):
-            try:
-                differ = test(Precise(120), point)
-            except (Unevaluable, OverflowError, ZeroDivisionError):
-                continue
-            if differ:
-                return False
-            if differ is not None:
-                told += 1
-        return told >= (2 if names else 1)
+        alike = points_alike(names, lambda: Precise(120), test)
+        return alike is not None and alike >= (2 if names else 1)
 
     def proportional(self, f: Node, h: Node, *, directed: bool) -> Truth:
         """Whether f = c h for a constant c (positive where `directed`), or f and h have proportional numerators."""
@@ -125,6 +108,21 @@ class Values:
             return abs(value - ratios[0]) > 100 * error + abs(value) * 1e-12
 
         return self.sampled(names, test)
+
+
+def points_alike(names: list[str], library: Callable[[], object], test: Callable[..., Truth]) -> int | None:
+    """At how many points the test cannot tell the trees apart; None as soon as one point does."""
+    alike = 0
+    for point in points(names):
+        try:
+            differ = test(library(), point)
+        except (Unevaluable, OverflowError, ZeroDivisionError):
+            continue
+        if differ:
+            return None
+        if differ is not None:
+            alike += 1
+    return alike
 
 
 def _differ(lib: object, point: dict[str, Fraction], a: Node, g: Node, complexes: bool) -> Truth:

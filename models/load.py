@@ -65,6 +65,11 @@ def load_policy(
     return policy.eval()
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype that load_policy keeps unless told otherwise; raises as it does. Weights are mapped, not copied."""
+    return next(iter(_read_tensors(policy_folder(path)).values())).dtype
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The transformers tokenizer of a policy (same names as load_policy).
 

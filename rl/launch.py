@@ -5,25 +5,32 @@ from __future__ import annotations
 from rich.console import Console
 
 from plumbline.rl.config import RunConfig
+from plumbline.rl.data import DataReport
 from plumbline.rl.grading import load_shaping
 from plumbline.rl.output import mark_run, prepare_output
 from plumbline.rl.plan import TRAINING_RUNS_OF_A_PIPELINE, make_plan, print_plan
-from plumbline.rl.tasks import evaluation_tasks, training_tasks
+from plumbline.rl.tasks import TaskSet, evaluation_tasks, training_tasks
 from plumbline.rl.trackers import check_trackers
 
 
-def launch_training(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> None:
-    """`plumbline train`."""
+def check_settings(config: RunConfig, tasks: TaskSet, report: DataReport, console: Console) -> None:
+    """Say what was read; InputError for a reward, a tracker or a sampler that this run cannot have."""
     from plumbline.rl.collect import make_sampler
-    from plumbline.rl.text import Codec
 
-    codec = Codec(config.policy.path, overrides=config.prompt)
-    tasks, report = training_tasks(config, codec)
     for line in report.lines():
         console.print(line, highlight=False)
     load_shaping(config)
     check_trackers(config.tracking.trackers)
     make_sampler(config, tasks)
+
+
+def launch_training(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> None:
+    """`plumbline train`."""
+    from plumbline.rl.text import Codec
+
+    codec = Codec(config.policy.path, overrides=config.prompt)
+    tasks, report = training_tasks(config, codec)
+    check_settings(config, tasks, report, console)
     plan = make_plan(config)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "train")
@@ -48,18 +55,13 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
 
 def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> None:
     """`plumbline run`."""
-    from plumbline.rl.collect import make_sampler
     from plumbline.rl.selecting import whole_epochs
     from plumbline.rl.text import Codec
 
     codec = Codec(config.policy.path, overrides=config.prompt)
     tasks, report = training_tasks(config, codec)
     evaluation_tasks(config, codec)
-    for line in report.lines():
-        console.print(line, highlight=False)
-    load_shaping(config)
-    check_trackers(config.tracking.trackers)
-    make_sampler(config, tasks)
+    check_settings(config, tasks, report, console)
     whole_epochs(config, len(tasks))
     plan = make_plan(config, training_runs=TRAINING_RUNS_OF_A_PIPELINE)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)

@@ -44,7 +44,7 @@ def adapt(
     from plumbline.models.adapt import Recipe
     from plumbline.models.adapt import adapt as train
     from plumbline.models.convert import empty_target, save_folder
-    from plumbline.models.load import load_policy, load_tokenizer, policy_config
+    from plumbline.models.load import load_policy, load_tokenizer, policy_config, stored_dtype
     from plumbline.models.longcontext import read_tokens, windows
 
     if device not in ("auto", "cpu", "cuda"):
@@ -83,7 +83,7 @@ def adapt(
             raise InputError(f"--text {', '.join(map(str, text))}: no .txt file there")
         rows = windows(read_tokens(files, load_tokenizer(checkpoint)), context)
         policy = load_policy(checkpoint, attention=attention, dtype=torch.float32, device=device)
-        stored = load_policy(checkpoint).dtype
+        stored = stored_dtype(checkpoint)
     except (FileNotFoundError, PermissionError, ValueError) as error:
         raise InputError(str(error)) from error
     print(f"{len(rows)} windows of {context:,} tokens from {len(files)} files; {device}")

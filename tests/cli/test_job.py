@@ -128,7 +128,9 @@ def wait_for_step(cluster, name, run, step, seconds=400):
         status = job_page(cluster, name)["status"]
         if status not in ("PENDING", "RUNNING") or time.monotonic() > deadline:
             log = subprocess.run([BIN / "ray", "job", "logs", name], env=cluster, capture_output=True, text=True)
-            pytest.fail(f"job {name} is {status}, its newest checkpoint of step {newest_step(run)}\n{log.stdout}{log.stderr}")
+            pytest.fail(
+                f"job {name} is {status}, its newest checkpoint of step {newest_step(run)}\n{log.stdout}{log.stderr}"
+            )
         time.sleep(0.5)
 
 

@@ -146,7 +146,7 @@ class Learner:
         return self.ranks.share(microbatches(batch, rows, budget, one_pass=several))
 
     def _optimizer_step(self, experience: Experience, rows: list[int]) -> dict[str, float]:
-        algorithm, settings, batch = self.config.algorithm, self.config.learner, experience.batch
+        algorithm, batch = self.config.algorithm, experience.batch
         tokens = sum(len(batch.completion_ids[row]) for row in rows)
         loss_config = LossConfig(
             surrogate=algorithm.surrogate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,10 @@ class SparseAttention(Attention):
                 cache.prefill(slots, cmp, slc, win, layout, phi)
             out = native_sparse_attention(q, cmp, slc, win, gates, layout.cu_seqlens, phi, self.nsa, layout=layout)
         assert isinstance(out, Tensor)
+        if layout.longest < self.nsa.block:
+            # No block, so phi is not used. Its gradient is then zero, not missing: sharded learner processes must all
+            # reduce the same tensors, and optimizers must step on the same ones however a batch is cut.
+            out = _WithInputs.apply(out, *phi)
         return self.o_proj(out.flatten(1))
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: NSACache, plan: DecodePlan) -> Tensor:
@@ -147,6 +152,24 @@ class SparseAttention(Attention):
             out = decode_step(q, cmp, slc, win, gates, cache, plan, self.phi(q.dtype))
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
+
+
+class _WithInputs(torch.autograd.Function):
+    """The first argument unchanged; the others, which it does not depend on, get a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        zeros = (
+            torch.zeros(shape, dtype=dtype, device=device) if need else None
+            for need, (shape, dtype, device) in zip(needed, ctx.like, strict=True)
+        )
+        return grad, *zeros
 
 
 def open_gate_bias(heads: int) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plumbline.errors import InputError
 from plumbline.models.policy import Policy
 from plumbline.models.value import ValueModel
 
@@ -86,12 +85,6 @@ class Ranks:
         fully_shard(model, mp_policy=precision)
         if isinstance(model, Policy):
             register_fsdp_forward_method(model, "hidden_states")
-
-
-def refuse_sparse(attention: str) -> None:
-    """InputError for NSA: sequences under a block leave phi without a gradient, and ranks would reduce unlike tensors."""
-    if attention == "nsa":
-        raise InputError("learner.workers over 1 is for full attention; NSA trains in one learner process")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plumbline.models.load import load_policy, policy_config
+from plumbline.models.load import load_policy
 from plumbline.models.policy import Policy
 from plumbline.models.value import ValueModel
 from plumbline.rl.batch import TrainingBatch
 from plumbline.rl.clipping import GlobalClipper, make_clipper
 from plumbline.rl.config import RunConfig
-from plumbline.rl.distributed import Ranks, refuse_sparse
+from plumbline.rl.distributed import Ranks
 from plumbline.rl.experience import Experience, make_experience
 from plumbline.rl.liger import use_liger
 from plumbline.rl.logprobs import token_logprobs
@@ -43,8 +43,6 @@ class Learner:
         self.config, self.device, self.ranks = config, device, ranks or Ranks()
         algorithm, settings = config.algorithm, config.learner
         self.half = settings.precision == "bfloat16"
-        if self.ranks.size > 1:
-            refuse_sparse(policy_config(config.policy.path, attention=config.policy.attention).attention)
         # Dropout and initialisation of new tensors (a converted checkpoint's phi, adapters) draw from the run's seed.
         torch.manual_seed(config.seed)
         self.policy = self._load(config.policy.path)
@@ -135,16 +133,20 @@ class Learner:
     def _score(self, batch: TrainingBatch, mask: Tensor, forward: Any) -> Tensor:
         """forward(packed) -> one number a completion token, over the whole batch: [n, W], the same on every rank."""
         result = torch.zeros(mask.shape, device=self.device)
-        parts = microbatches(batch, list(range(len(batch))), self.config.learner.tokens_per_microbatch)
-        for micro, counts in self.ranks.share(parts):
+        for micro, counts in self._shares(batch, list(range(len(batch)))):
             packed = pack(batch, micro, self.device)
             values = packed.spread(forward(packed))
             if counts:
                 result[micro, : values.shape[1]] = values
         return self.ranks.sum(result)
 
+    def _shares(self, batch: TrainingBatch, rows: list[int]) -> list[tuple[list[int], bool]]:
+        """This rank's microbatches of some rows: see Ranks.share. Sharded layers must run as often on every rank."""
+        budget, several = self.config.learner.tokens_per_microbatch, self.ranks.size > 1
+        return self.ranks.share(microbatches(batch, rows, budget, one_pass=several))
+
     def _optimizer_step(self, experience: Experience, rows: list[int]) -> dict[str, float]:
-        algorithm, settings, batch = self.config.algorithm, self.config.learner, experience.batch
+        algorithm, batch = self.config.algorithm, experience.batch
         tokens = sum(len(batch.completion_ids[row]) for row in rows)
         loss_config = LossConfig(
             surrogate=algorithm.surrogate,
@@ -166,7 +168,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.critic is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
-        for micro, counts in self.ranks.share(microbatches(batch, rows, settings.tokens_per_microbatch)):
+        for micro, counts in self._shares(batch, rows):
             packed = pack(batch, micro, self.device)
             loss, stats = self._policy_loss(experience, packed, loss_config, tokens)
             # Sharded gradients come out as the mean over ranks; a repeated microbatch keeps ranks in step and weighs nothing.

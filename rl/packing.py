@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plumbline.models.policy import like_lengths
 from plumbline.rl.batch import TrainingBatch
 
 
@@ -71,8 +72,14 @@ def padded(rows: list[list[float]], device: str) -> Tensor:
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def microbatches(batch: TrainingBatch, rows: list[int], tokens_per_microbatch: int) -> list[list[int]]:
-    """Rows sorted by length (little padding for kernels that pad) and cut where the token budget is full."""
+def microbatches(
+    batch: TrainingBatch, rows: list[int], tokens_per_microbatch: int, *, one_pass: bool = False
+) -> list[list[int]]:
+    """Rows sorted by length (little padding for kernels that pad) and cut where the token budget is full.
+
+    With `one_pass`, also where the decoder would pad them apart (models.policy.like_lengths): each part then passes every
+    layer once.
+    """
     length = {row: len(batch.prompt_ids[row]) + len(batch.completion_ids[row]) for row in rows}
     parts: list[list[int]] = []
     used = 0
@@ -82,4 +89,8 @@ def microbatches(batch: TrainingBatch, rows: list[int], tokens_per_microbatch: i
             used = 0
         parts[-1].append(row)
         used += length[row]
+    if one_pass:
+        # A row is read without its last token; see pack.
+        groups = [(part, like_lengths([length[row] - 1 for row in part])) for part in parts]
+        parts = [[part[place] for place in group] for part, split in groups for group in split]
     return parts

@@ -49,6 +49,13 @@ _MINUTES = re.compile(
 )
 _FEET = re.compile(r"^([0-9]+)\s?(?:'|\^\{?\\prime\}?)\s?(?:([0-9]+(?:\.[0-9]+)?)\s?(?:''|\"|\^\{\\prime\\prime\}))?$")
 _INCHES = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s?(?:''|\"|\^\{\\prime\\prime\})$")
+# 1.234.567 and 1'234'567, with or without decimals after a comma: at least two groups, which nothing else reads like
+_POINT_GROUPS = re.compile(
+    r"(?<![0-9.,'])[1-9][0-9]{0,2}(?:(?:\.[0-9]{3}){2,}|(?:'[0-9]{3}){2,})(?:(?:,|\{,\})[0-9]+)?(?![0-9.'])"
+)
+_DECIMAL_COMMA = re.compile(
+    r"(?<![0-9}.])((?:[0-9]+(?=\{,\}(?:[0-9]{1,2}|[0-9]{4,})(?![0-9{]))|0))\{,\}([0-9]+)(?![0-9{])"
+)
 _BRACED_FRACTION = re.compile(r"(?<=[0-9])\s?\{(\\[dt]?frac\s?\{[0-9]+\}\s?\{[0-9]+\})\}")
 _PIECEWISE = re.compile(
     r"^(.*?)\\\{\s?\\begin\s?\{(?:array|aligned|matrix)\}(?:\s?\{[lcr| @]*\})?(.*)\\end\s?\{(?:array|aligned|matrix)\}\s?$",
@@ -77,8 +84,14 @@ def respell(text: str) -> str:
         text = _ODDS.sub(r"\1:\2", text)
     if "10" in text and "x" in text:
         text = _TIMES_TEN.sub("\\\\times ", text)
+    if text.count(".") > 1 or text.count("'") > 1:
+        text = _POINT_GROUPS.sub(_ungrouped, text)
+    if "{,}" in text:
+        text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     if "{.}" in text:
         text = text.replace("{.}", ".")
+    if "{:}" in text:
+        text = text.replace("{:}", ":")
     if "P" in text:
         text = _NPK.sub(r"\\frac{\1!}{(\1-\2)!}", text)
     if "and" in text or "or" in text:
@@ -108,6 +121,10 @@ def respell(text: str) -> str:
     if "-" in text or "backslash" in text:
         text = _MINUS_SET.sub(r"\1\\setminus ", text)
     return text.strip()
+
+
+def _ungrouped(match: re.Match[str]) -> str:
+    return match[0].replace(".", "").replace("'", "").replace("{,}", ".").replace(",", ".")
 
 
 def _unquoted(text: str) -> str:

@@ -41,6 +41,7 @@ from plumbline.rewards.values import Truth, Values, all_of
 from plumbline.rewards.wording import is_wordy, spelling_of, without_article
 
 MAX_ITEMS = 200
+_SAME_NAMES = ({"y", "f(x)"}, {"y"}, {"f(x)"}, {"y'", "frac{dy}{dx}"})
 _PLAIN_SPACE = re.compile(r"(?:\s|~|\\[,;:! ]|\\left(?![a-z])|\\right(?![a-z]))+")
 
 
@@ -333,7 +334,7 @@ class Comparison(Values):
         value_a, value_g = assigned_value(a), assigned_value(g)
         if value_a is not None and value_g is not None:
             name_a, name_g = assigned_name(a), assigned_name(g)
-            if name_a == name_g or {plain_name(name_a), plain_name(name_g)} in ({"y", "f(x)"}, {"y"}, {"f(x)"}):
+            if name_a == name_g or {plain_name(name_a), plain_name(name_g)} in _SAME_NAMES:
                 truth = self.answers(value_a, value_g)
                 if truth is not False or name_a != name_g:
                     return truth

@@ -24,7 +24,7 @@ class Token(NamedTuple):
 
 
 _UNICODE = {
-    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ",
+    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "⁄": "/", "≤": "\\le ", "≥": "\\ge ",
     "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ", "θ": "\\theta ", "°": "^\\circ ", "º": "^\\circ ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "½": "\\frac{1}{2}",
     "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "⅕": "\\frac{1}{5}", "⅖": "\\frac{2}{5}", "⅗": "\\frac{3}{5}", "⅘": "\\frac{4}{5}", "⅙": "\\frac{1}{6}", "⅚": "\\frac{5}{6}",
     "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}", "△": "\\triangle ", "∨": "\\lor ", "∧": "\\land ", "≡": "\\equiv ", "⩽": "\\le ", "⩾": "\\ge ", "→": "\\to ", "‑": "-", "－": "-", "\u200b": "", "\u2061": "", "\u3000": " ", "。": ".",
@@ -43,7 +43,7 @@ _SHIFTED = re.compile(f"(?P<up>[{_RAISED}]+)|[{_LOWERED}]+")
 _GROUP_COMMA = re.compile(r"(?:\\!\s?)?,\s?\\!\s?|\{,\\!\}|\{,\}")
 _SIZES = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|bigg|Bigg|big|Big|displaystyle|textstyle|scriptstyle|limits|nolimits|quad|qquad|mathstrut"
-    r"|phantom\s?-?|hspace\{[^{}]{0,20}\}|hfill|tiny|small|large|Large|normalsize|bf|rm|it)(?![A-Za-z])"
+    r"|phantom\s?-?|hspace\{[^{}]{0,20}\}|hfill|tiny|footnotesize|small|large|Large|LARGE|huge|Huge|normalsize|bf|rm|it)(?![A-Za-z])"
 )
 _LEFT_BAR = re.compile(r"\\left\s?\|")
 _RIGHT_BAR = re.compile(r"\\right\s?\|")

@@ -67,4 +67,8 @@ def _rounds(value: Node, rounded: Node) -> bool:
     except (Unevaluable, KeyError, OverflowError, ZeroDivisionError):
         return False
     shown = float(-number[1] if rounded[0] == "neg" else number[1])
-    return bool(abs(exact - shown) + error < 10.0**-places)
+    if abs(exact.imag) > error:
+        return False
+    off, last = exact.real - shown, 10.0**-places
+    cut = shown * off >= 0 and abs(off) < last
+    return bool(cut or abs(off) <= last / 2 + error)

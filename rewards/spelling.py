@@ -12,6 +12,8 @@ _ANSWER = re.compile(
     rf"^(?:{_TEXT}\s*\{{)?\s*(?:the |our |so |hence |thus )*(?:final )?answer(?: is|:| ?=)+:?\s*\}}?\s*:?\s*(?=\S)",
     re.IGNORECASE,
 )
+_REMARK = re.compile(rf"(?<=[0-9}}])(?:\s|\\[,;: ])*\(\s*({_TEXT}\s?\{{[^{{}}]*\}})\s*\)$")
+_POINT = re.compile(rf"^{_TEXT}\s*\{{\s*(?:(?:the|at) )*points?:? *\}}\s*(?=\()", re.IGNORECASE)
 _OPTION = re.compile(
     rf"^(?:{_TEXT}\s*\{{)?\s*(?:option|choice)\s*(?:{_TEXT}\s*\{{)?\s*\(?([A-J])\)?\s*\}}?\.?$", re.IGNORECASE
 )
@@ -72,6 +74,8 @@ def respell(text: str) -> str:
         return text
     if "nswer" in text:
         text = _ANSWER.sub("", text)
+    if "oint" in text:
+        text = _POINT.sub("", text)
     if "ption" in text or "hoice" in text:
         text = _OPTION.sub(r"(\1)", text)
     if text[:1] in "*`\"'" and len(text) > 2:
@@ -103,6 +107,8 @@ def respell(text: str) -> str:
         text = _CURRENCY.sub(_currency, text)
     if "\\" not in text:
         return text
+    if text.endswith(")"):
+        text = _REMARK.sub(r" \1", text)
     if "color" in text:
         text = _COLOUR.sub("", text)
     text = _EMPTY_TEXT.sub(" ", text)

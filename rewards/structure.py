@@ -147,7 +147,11 @@ class _Reader:
             tokens, commas = self.grouped(tokens, commas)
         joined = joiner(tokens, commas)
         if joined == "or":
-            ways = [self.part(p) for p in split(tokens, [i for i in commas if is_or(tokens[i])]) if p]
+            ways = [
+                self.part(p[:-1] if p[-1].value == "," else p)
+                for p in split(tokens, [i for i in commas if is_or(tokens[i])])
+                if p
+            ]
             if len(ways) > 1 and all(isinstance(way, Many) and not way.braced and _is_system(way) for way in ways):
                 return Many(tuple(ways), joined="or")  # x=1, y=2 or x=2, y=1
         pieces = split(tokens, commas)
@@ -371,6 +375,8 @@ class _Reader:
         domain = next((i for i, t in enumerate(member) if t.value == "\\in"), len(member))
         real = "".join(t.value for t in member[domain + 1 :]) in ("", *_REAL_NUMBERS)
         if real and name_of(member[:domain]) is not None:
+            if domain == 1:  # the member's name is bound: any other says the same
+                condition = [t._replace(value="x") if t.value == member[0].value else t for t in condition]
             return self.part(condition)
         return Ordered("{|", "|}", (self.part(member), self.part(condition)))
 

@@ -75,6 +75,8 @@ def words_of(text: str) -> str:
     """The text without \\text and the like, braces, repeated spaces and a final full stop; lower case."""
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip().strip("\"'`“”").strip()
+    if "  " in text:
+        text = SPACES.sub(" ", text)
     return text.rstrip(".").strip().lower()
 
 

@@ -27,12 +27,21 @@ from plumbline.rewards.answers import (
 )
 from plumbline.rewards.parser import Node
 from plumbline.rewards.polynomials import TooHard
+from plumbline.rewards.relations import (
+    assigned_name,
+    assigned_value,
+    flipped,
+    is_wordy_name,
+    plain_name,
+    without_rounding,
+)
 from plumbline.rewards.sets import pieces, set_like, set_name
 from plumbline.rewards.structure import read
 from plumbline.rewards.values import Truth, Values, all_of
-from plumbline.rewards.wording import is_wordy, without_article, words_of
+from plumbline.rewards.wording import is_wordy, spelling_of, without_article
 
 MAX_ITEMS = 200
+_SAME_NAMES = ({"y", "f(x)"}, {"y"}, {"f(x)"}, {"y'", "frac{dy}{dx}"})
 _PLAIN_SPACE = re.compile(r"(?:\s|~|\\[,;:! ]|\\left(?![a-z])|\\right(?![a-z]))+")
 
 
@@ -67,10 +76,12 @@ def _spaced_digits(answer: str, gold: str) -> bool:
 
 
 def _plain_text(text: str) -> str:
-    return without_article(re.sub(r"[\s$]+", " ", words_of(text)).strip(" ."))
+    return without_article(re.sub(r"[\s$]+", " ", spelling_of(text)).strip(" ."))
 
 
 def _other_commas(text: str) -> str:
+    if re.search(r"[0-9],0[0-9]", text):
+        return text  # no number of a list begins with 0
     return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ", ", text)
 
 
@@ -99,8 +110,11 @@ class Comparison(Values):
             return self.relations(a, g)
         if isinstance(a, Many) and isinstance(g, Many):
             as_sets = self.sets(a, g)
-            if {a.joined, g.joined} == {"and", "or"} and set_like(a) and set_like(g):
-                return as_sets
+            if {a.joined, g.joined} == {"and", "or"}:
+                if set_like(a) and set_like(g):
+                    return as_sets
+                if all(isinstance(item, Expr) and item.node[0] == "sym" for item in (*a.items, *g.items)):
+                    return False  # p and q is not p or q
             return self.unordered(a.items, g.items) if as_sets is not True else True
         if isinstance(a, Many) and a.joined == "or" and isinstance(g, Expr):
             return all_of(self.answers(item, g) for item in a.items)  # 3/2 or 1.5
@@ -170,7 +184,7 @@ class Comparison(Values):
             return False
         open_items, unsure = list(g), False
         for item in a:
-            truths = [self.answers(item, other) for other in open_items]
+            truths = [self.answers(item, other) if _is_set(item) == _is_set(other) else False for other in open_items]
             if True in truths:
                 del open_items[truths.index(True)]
             elif None in truths:
@@ -283,7 +297,9 @@ class Comparison(Values):
             first, second = units.dimension(a.unit, a.unit_power), units.dimension(g.unit, g.unit_power)
             if first is not None and second is not None:
                 if first[0] != second[0]:
-                    return False
+                    # a degree sign alone may stand for a temperature
+                    temperature = {first[0], second[0]} in ({"angle", "temperature"}, {"angle", "fahrenheit"})
+                    return self.equal(x, y) if temperature else False
                 if first[1] != second[1]:
                     x, y = ("mul", x, ("num", first[1])), ("mul", y, ("num", second[1]))
         return self.equal(x, y)
@@ -291,6 +307,13 @@ class Comparison(Values):
     # -- relations ----------------------------------------------------------------------------------------------
 
     def relations(self, a: Answer, g: Answer) -> Truth:
+        if isinstance(g, Relation) and g.ops == ("~",) and g.names[0] is None:
+            # a gold that gives its rounding too takes either
+            either = [self.answers(a, side) for side in (without_rounding(g), *g.sides) if side is not g]
+            return True if True in either else self.two_relations(a, g) if isinstance(a, Relation) else False
+        a = without_rounding(a)
+        if not isinstance(a, Relation) and not isinstance(g, Relation):
+            return self.answers(a, g)
         if isinstance(a, Relation) and isinstance(g, Relation):
             direct = self.two_relations(a, g)
             if direct is not False:
@@ -311,13 +334,13 @@ class Comparison(Values):
         value_a, value_g = assigned_value(a), assigned_value(g)
         if value_a is not None and value_g is not None:
             name_a, name_g = assigned_name(a), assigned_name(g)
-            if name_a == name_g or {_plain_name(name_a), _plain_name(name_g)} in ({"y", "f(x)"}, {"y"}, {"f(x)"}):
+            if name_a == name_g or {plain_name(name_a), plain_name(name_g)} in _SAME_NAMES:
                 truth = self.answers(value_a, value_g)
                 if truth is not False or name_a != name_g:
                     return truth
-            if _wordy_name(name_a) or _wordy_name(name_g):
+            if is_wordy_name(name_a) or is_wordy_name(name_g):
                 return self.answers(value_a, value_g)
-        for candidate in (a, _flipped(a)):
+        for candidate in (a, flipped(a)):
             if candidate.ops == g.ops and len(candidate.sides) == len(g.sides):
                 truth = all_of(self.answers(x, y) for x, y in zip(candidate.sides, g.sides, strict=True))
                 if truth is not False:
@@ -360,6 +383,10 @@ class Comparison(Values):
         return all_of(truths)
 
 
+def _is_set(answer: Answer) -> bool:
+    return isinstance(answer, Many) and answer.braced
+
+
 def _letter(answer: Answer) -> str | None:
     if isinstance(answer, Choice):
         return answer.letter
@@ -374,37 +401,3 @@ def _scaled(cell: Answer, factor: Node | None) -> Answer:
     if factor is None or not isinstance(cell, Expr):
         return cell
     return Expr(("mul", factor, cell.node))
-
-
-def assigned_value(relation: Relation) -> Answer | None:
-    """What a name is said to be: x = 5, 5 = x, x = 2 + 3 = 5, x \\in {1, 2}."""
-    if relation.ops == ("in",) and relation.names[0]:
-        return relation.sides[1]
-    if any(op != "=" for op in relation.ops):
-        return None
-    if relation.names[0]:
-        return relation.sides[-1]
-    if len(relation.ops) == 1 and relation.names[1] and not _spelled_number(relation.sides[0]):
-        return relation.sides[0]
-    return None
-
-
-def _spelled_number(side: Answer) -> bool:
-    return isinstance(side, Words)
-
-
-def assigned_name(relation: Relation) -> str:
-    return (relation.names[0] or relation.names[1] or "") if len(relation.names) == 2 else relation.names[0] or ""
-
-
-def _plain_name(name: str) -> str:
-    return name.replace(" ", "").replace("\\", "")
-
-
-def _wordy_name(name: str) -> bool:
-    return "\\text" in name or (len(name) >= 4 and name.replace(" ", "").isalpha())
-
-
-def _flipped(relation: Relation) -> Relation:
-    swap = str.maketrans("<>", "><")
-    return Relation(relation.sides[::-1], tuple(op.translate(swap) for op in relation.ops[::-1]), relation.names[::-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _BRACES = re.compile(r"[{}]")
@@ -12,12 +13,16 @@ _PHRASE = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*:?\s*(.+?)(?:\.(?:
 def last_boxed(response: str) -> str | None:
     """Content of the last complete \\boxed{...}; None if none is complete.
 
-    A generation cut off inside a box leaves that box incomplete: it has no answer, whatever stands before it.
+    A generation cut off inside a box leaves that box incomplete: it has no answer, whatever stands before it. A box inside
+    a complete box is part of that one's content.
     """
     starts = [match.end() for match in _BOX.finditer(response)]
     if not starts:
         return None
-    return _content(response, starts[-1])
+    content = _content(response, starts[-1])
+    if content is None or len(starts) == 1:
+        return content
+    return _outermost(response, starts) or content
 
 
 def count_boxes(response: str) -> int:
@@ -33,17 +38,39 @@ def final_phrase(response: str) -> str | None:
     return found or None
 
 
+def _outermost(text: str, starts: list[int]) -> str | None:
+    """Content of the outermost complete box around the last one, None if it stands in no other."""
+    boxes, last = set(starts), starts[-1]
+    open_braces: list[int] = []
+    found = None
+    for at in _unescaped(text, starts[0]):
+        if text[at] == "{":
+            open_braces.append(at)
+            continue
+        if not open_braces:
+            continue
+        opening = open_braces.pop()
+        if opening in boxes and opening < last < at:
+            found = text[opening + 1 : at]
+    return found
+
+
 def _content(text: str, opening: int) -> str | None:
-    """Between the brace at `opening` and its partner; escaped braces (\\{) do not count."""
+    """Between the brace at `opening` and its partner."""
     depth = 0
-    for match in _BRACES.finditer(text, opening):
+    for at in _unescaped(text, opening):
+        depth += 1 if text[at] == "{" else -1
+        if depth == 0:
+            return text[opening + 1 : at]
+    return None
+
+
+def _unescaped(text: str, start: int) -> Iterator[int]:
+    """Where braces stand from `start` on; escaped ones (\\{) do not count."""
+    for match in _BRACES.finditer(text, start):
         at = match.start()
         backslashes = 0
         while at - 1 - backslashes >= 0 and text[at - 1 - backslashes] == "\\":
             backslashes += 1
-        if backslashes % 2:
-            continue
-        depth += 1 if match.group() == "{" else -1
-        if depth == 0:
-            return text[opening + 1 : at]
-    return None
+        if backslashes % 2 == 0:
+            yield at

@@ -18,10 +18,21 @@ def unwrap_braces(tokens: list[Token]) -> list[Token]:
         and not any(t.value in ("\\over", "\\choose") for t in tokens)
         and tokens[0].value == "{"
         and tokens[-1].value == "}"
-        and all(d >= 0 for d in depths(tokens[1:-1]))
+        and _one_group(tokens)
     ):
         tokens = tokens[1:-1]
     return tokens
+
+
+def _one_group(tokens: list[Token]) -> bool:
+    """Whether the bracket that opens the tokens closes at their end, as in {ab} but not in {a}{b}."""
+    level = 0
+    for token in tokens[:-1]:
+        if token.kind not in "tn":
+            level += (token.value in _OPEN) - (token.value in _CLOSE)
+        if level <= 0:
+            return False
+    return True
 
 
 def depths(tokens: list[Token]) -> list[int]:

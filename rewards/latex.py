@@ -24,19 +24,26 @@ class Token(NamedTuple):
 
 
 _UNICODE = {
-    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ",
-    "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ", "θ": "\\theta ", "°": "^\\circ ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "½": "\\frac{1}{2}",
-    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "²": "^2", "³": "^3", "⁴": "^4", "∪": "\\cup ",
+    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "⁄": "/", "≤": "\\le ", "≥": "\\ge ",
+    "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ", "θ": "\\theta ", "°": "^\\circ ", "º": "^\\circ ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "½": "\\frac{1}{2}",
+    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "⅕": "\\frac{1}{5}", "⅖": "\\frac{2}{5}", "⅗": "\\frac{3}{5}", "⅘": "\\frac{4}{5}", "⅙": "\\frac{1}{6}", "⅚": "\\frac{5}{6}",
+    "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}", "△": "\\triangle ", "∨": "\\lor ", "∧": "\\land ", "≡": "\\equiv ", "⩽": "\\le ", "⩾": "\\ge ", "→": "\\to ", "‑": "-", "－": "-", "\u200b": "", "\u2061": "", "\u3000": " ", "。": ".",
+    "∪": "\\cup ",
     "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "±": "\\pm ", "∓": "\\mp ", "′": "'", "’": "'",
-    "，": ",", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "…": "...", "≈": "\\approx ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
-    "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle ", "∠": "\\angle ", "⁰": "^0", "¹": "^1", "€": "\\euro ", "£": "\\pounds ",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "…": "...", "≈": "\\approx ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
+    "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle ", "∠": "\\angle ", "€": "\\euro ", "£": "\\pounds ",
     "¥": "\\yen ", "₹": "\\rupee ", "Ω": "\\Omega ", "µ": "\\mu ", "μ": "\\mu ", "″": "''", "“": '"', "”": '"', "¢": "\\cent ", "∖": "\\setminus ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ",
 }  # fmt: skip
+# Full-width forms, as Chinese and Japanese keyboards give them
+_UNICODE |= {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}
 _TRANSLATE = str.maketrans(_UNICODE)
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
+_PLAIN = {**dict(zip(_RAISED, "0123456789+-()ni", strict=True)), **dict(zip(_LOWERED, "0123456789+-()n", strict=True))}
+_SHIFTED = re.compile(f"(?P<up>[{_RAISED}]+)|[{_LOWERED}]+")
 _GROUP_COMMA = re.compile(r"(?:\\!\s?)?,\s?\\!\s?|\{,\\!\}|\{,\}")
 _SIZES = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|bigg|Bigg|big|Big|displaystyle|textstyle|scriptstyle|limits|nolimits|quad|qquad|mathstrut"
-    r"|phantom\s?-?|hspace\{[^{}]{0,20}\}|hfill|tiny|small|large|Large|normalsize|bf|rm|it)(?![A-Za-z])"
+    r"|phantom\s?-?|hspace\{[^{}]{0,20}\}|hfill|tiny|footnotesize|small|large|Large|LARGE|huge|Huge|normalsize|bf|rm|it)(?![A-Za-z])"
 )
 _LEFT_BAR = re.compile(r"\\left\s?\|")
 _RIGHT_BAR = re.compile(r"\\right\s?\|")
@@ -54,6 +61,7 @@ _SAME = {
 _TEXT = {"\\text", "\\textbf", "\\textit", "\\textrm", "\\textnormal", "\\textsf", "\\texttt", "\\mbox", "\\mathrm", "\\operatorname", "\\hbox", "\\emph", "\\textsc", "\\textup", "\\mathsf", "\\unit"}  # fmt: skip
 _SIGNS = {"cis", "\\euro", "\\dollar", "\\pounds", "\\yen", "\\cent", "\\rupee", "%", "\\%"}
 _FONT = {"\\mathbf", "\\boldsymbol", "\\mathit", "\\bm", "\\vec", "\\hat", "\\mathcal", "\\boxed", "\\fbox", "\\underline", "\\overrightarrow", "\\ensuremath"}  # fmt: skip
+_COMMAND = re.compile(r"\\[A-Za-z]")
 _SCAN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:!> ]|\\\n)+)"
     r"|(?P<rep>[0-9]*\.[0-9]*(?:\\overline|\\bar)\s?(?:\{[0-9]+\}|[0-9])(?:\s?(?:\.\.\.|\\l?dots|\\cdots))?"
@@ -69,7 +77,8 @@ _SCAN = re.compile(
 
 def tidy(text: str) -> str:
     """The answer without what carries no meaning: math delimiters, sizes of brackets, a final full stop."""
-    text = text.translate(_TRANSLATE) if not text.isascii() else text
+    if not text.isascii():
+        text = _SHIFTED.sub(_shifted, text).translate(_TRANSLATE)
     if "\\" in text or "$" in text or "{,}" in text:
         text = text.replace("\\$", "\\dollar ").replace("$", "")
         for mark in ("\\(", "\\)", "\\[", "\\]"):
@@ -87,6 +96,11 @@ def tidy(text: str) -> str:
     while text.endswith("\\"):
         text = text[:-1].rstrip()
     return text
+
+
+def _shifted(match: re.Match[str]) -> str:
+    """A run of raised or lowered characters as an exponent or an index."""
+    return ("^{" if match["up"] else "_{") + "".join(_PLAIN[c] for c in match.group()) + "}"
 
 
 def tokenize(text: str) -> list[Token]:
@@ -127,6 +141,7 @@ def tokenize(text: str) -> list[Token]:
                     value in _FONT
                     or (value in ("\\mathrm", "\\operatorname") and (len(inner) == 1 or inner in FUNCTIONS))
                     or inner.strip() in _SIGNS
+                    or _COMMAND.search(inner)
                 ):
                     tokens.extend(_inner(inner, spaced))
                 else:

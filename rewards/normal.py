@@ -26,6 +26,9 @@ from plumbline.rewards.polynomials import (
     square_root,
 )
 
+# n choose k is written out as a polynomial in n up to this k.
+MAX_CHOSEN = 6
+
 
 class Normaliser(Arithmetic):
     """Normal forms of trees; one a comparison."""
@@ -257,6 +260,11 @@ class Normaliser(Arithmetic):
             ):
                 top = number.numerator
                 return constant(factorial(top) // (factorial(k.numerator) * factorial(top - k.numerator)))
+            if number is None and k is not None and k.denominator == 1 and 0 <= k <= MAX_CHOSEN:
+                out = constant(Fraction(1, factorial(k.numerator)))
+                for taken in range(k.numerator):
+                    out = self.mul(out, self.add(x, constant(-taken)))
+                return out
             return self.opaque("binomial", *arguments)
         if name in ("max", "min", "gcd", "lcm"):
             numbers = [rational(a) for a in arguments]

@@ -12,6 +12,8 @@ _ANSWER = re.compile(
     rf"^(?:{_TEXT}\s*\{{)?\s*(?:the |our |so |hence |thus )*(?:final )?answer(?: is|:| ?=)+:?\s*\}}?\s*:?\s*(?=\S)",
     re.IGNORECASE,
 )
+_REMARK = re.compile(rf"(?<=[0-9}}])(?:\s|\\[,;: ])*\(\s*({_TEXT}\s?\{{[^{{}}]*\}})\s*\)$")
+_POINT = re.compile(rf"^{_TEXT}\s*\{{\s*(?:(?:the|at) )*points?:? *\}}\s*(?=\()", re.IGNORECASE)
 _OPTION = re.compile(
     rf"^(?:{_TEXT}\s*\{{)?\s*(?:option|choice)\s*(?:{_TEXT}\s*\{{)?\s*\(?([A-J])\)?\s*\}}?\.?$", re.IGNORECASE
 )
@@ -49,6 +51,13 @@ _MINUTES = re.compile(
 )
 _FEET = re.compile(r"^([0-9]+)\s?(?:'|\^\{?\\prime\}?)\s?(?:([0-9]+(?:\.[0-9]+)?)\s?(?:''|\"|\^\{\\prime\\prime\}))?$")
 _INCHES = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s?(?:''|\"|\^\{\\prime\\prime\})$")
+# 1.234.567 and 1'234'567, with or without decimals after a comma: at least two groups, which nothing else reads like
+_POINT_GROUPS = re.compile(
+    r"(?<![0-9.,'])[1-9][0-9]{0,2}(?:(?:\.[0-9]{3}){2,}|(?:'[0-9]{3}){2,})(?:(?:,|\{,\})[0-9]+)?(?![0-9.'])"
+)
+_DECIMAL_COMMA = re.compile(
+    r"(?<![0-9}.])((?:[0-9]+(?=\{,\}(?:[0-9]{1,2}|[0-9]{4,})(?![0-9{]))|0))\{,\}([0-9]+)(?![0-9{])"
+)
 _BRACED_FRACTION = re.compile(r"(?<=[0-9])\s?\{(\\[dt]?frac\s?\{[0-9]+\}\s?\{[0-9]+\})\}")
 _PIECEWISE = re.compile(
     r"^(.*?)\\\{\s?\\begin\s?\{(?:array|aligned|matrix)\}(?:\s?\{[lcr| @]*\})?(.*)\\end\s?\{(?:array|aligned|matrix)\}\s?$",
@@ -65,6 +74,8 @@ def respell(text: str) -> str:
         return text
     if "nswer" in text:
         text = _ANSWER.sub("", text)
+    if "oint" in text:
+        text = _POINT.sub("", text)
     if "ption" in text or "hoice" in text:
         text = _OPTION.sub(r"(\1)", text)
     if text[:1] in "*`\"'" and len(text) > 2:
@@ -77,8 +88,14 @@ def respell(text: str) -> str:
         text = _ODDS.sub(r"\1:\2", text)
     if "10" in text and "x" in text:
         text = _TIMES_TEN.sub("\\\\times ", text)
+    if text.count(".") > 1 or text.count("'") > 1:
+        text = _POINT_GROUPS.sub(_ungrouped, text)
+    if "{,}" in text:
+        text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     if "{.}" in text:
         text = text.replace("{.}", ".")
+    if "{:}" in text:
+        text = text.replace("{:}", ":")
     if "P" in text:
         text = _NPK.sub(r"\\frac{\1!}{(\1-\2)!}", text)
     if "and" in text or "or" in text:
@@ -90,6 +107,8 @@ def respell(text: str) -> str:
         text = _CURRENCY.sub(_currency, text)
     if "\\" not in text:
         return text
+    if text.endswith(")"):
+        text = _REMARK.sub(r" \1", text)
     if "color" in text:
         text = _COLOUR.sub("", text)
     text = _EMPTY_TEXT.sub(" ", text)
@@ -108,6 +127,10 @@ def respell(text: str) -> str:
     if "-" in text or "backslash" in text:
         text = _MINUS_SET.sub(r"\1\\setminus ", text)
     return text.strip()
+
+
+def _ungrouped(match: re.Match[str]) -> str:
+    return match[0].replace(".", "").replace("'", "").replace("{,}", ".").replace(",", ".")
 
 
 def _unquoted(text: str) -> str:

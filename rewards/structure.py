@@ -35,12 +35,16 @@ from plumbline.rewards.latex import Token, Unreadable, tidy, tokenize
 from plumbline.rewards.parser import parse
 from plumbline.rewards.quantity import read_quantity
 from plumbline.rewards.spelling import respell
-from plumbline.rewards.wording import WHOLE_TEXT, base_numeral, is_spelled, name_of, read_words, words_of
+from plumbline.rewards.wording import WHOLE_TEXT, base_numeral, is_spelled, name_of, read_words, spelling_of
 
 MAX_NESTING = 12
 MAX_VARIANTS = 16
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "~", "\\equiv": "==", "\\notin": "!in", "\\cong": "~", "\\rightarrow": "->", "\\mapsto": "->", "\\Rightarrow": "=>", "\\propto": "~", "\\subset": "sub", "\\subseteq": "sub", "\\not": "!"}  # fmt: skip
+_REAL_NUMBERS = ("\\mathbb{R}", "\\mathbbR", "\\reals")
+_OTHER_NUMBERS = {
+    "\\mathbb{Z}": "the integers", "\\mathbb{N}": "the natural numbers", "\\mathbb{Q}": "the rational numbers", "\\mathbb{C}": "the complex numbers",
+}  # fmt: skip
 _MATRICES = ("cases", "pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "Vmatrix")
 
 
@@ -50,7 +54,7 @@ def read(text: str, depth: int = 0) -> Answer:
     try:
         return _Reader(text, depth).answer()
     except (Unreadable, RecursionError, ValueError, ZeroDivisionError, IndexError):
-        return Words(words_of(text))
+        return Words(spelling_of(text))
 
 
 class _Reader:
@@ -128,6 +132,9 @@ class _Reader:
                 plus = (number == 0) == (tokens[i].value == "\\pm") if linked else not number >> bit & 1
                 variant[i] = Token("x", "+" if plus else "-", tokens[i].spaced)
             variants.append(self.from_tokens(variant))
+        sets = [variant for variant in variants if isinstance(variant, Many) and variant.braced]
+        if len(sets) == len(variants):  # {\\pm 2}
+            return Many(tuple(item for variant in sets for item in variant.items), braced=True)
         return Many(tuple(variants))
 
     def listed(self, tokens: list[Token], commas: list[int], text: str) -> Answer:
@@ -140,7 +147,11 @@ class _Reader:
             tokens, commas = self.grouped(tokens, commas)
         joined = joiner(tokens, commas)
         if joined == "or":
-            ways = [self.part(p) for p in split(tokens, [i for i in commas if is_or(tokens[i])]) if p]
+            ways = [
+                self.part(p[:-1] if p[-1].value == "," else p)
+                for p in split(tokens, [i for i in commas if is_or(tokens[i])])
+                if p
+            ]
             if len(ways) > 1 and all(isinstance(way, Many) and not way.braced and _is_system(way) for way in ways):
                 return Many(tuple(ways), joined="or")  # x=1, y=2 or x=2, y=1
         pieces = split(tokens, commas)
@@ -241,8 +252,11 @@ class _Reader:
         colons = [i for i, t in enumerate(tokens) if depth[i] == 0 and t.value == ":" and t.kind == "x"]
         if colons:
             return Ratio(tuple(parse(p) for p in split(tokens, colons)))
-        if "".join(t.value for t in tokens) in ("\\mathbb{R}", "\\mathbbR", "\\reals"):
+        plain = "".join(t.value for t in tokens)
+        if plain in _REAL_NUMBERS:
             return Reals()
+        if plain in _OTHER_NUMBERS:
+            return Words(_OTHER_NUMBERS[plain])
         if tokens[0].value in "([" and tokens[-1].value in ")]" and len(tokens) > 3 and tokens[1].value == "\\begin":
             tokens = tokens[1:-1]
         if tokens[0].value == "\\begin" or (tokens[-1].value == "}" and any(t.value == "\\end" for t in tokens)):
@@ -252,7 +266,6 @@ class _Reader:
         bracketed = self.bracketed(tokens)
         if bracketed is not None:
             return bracketed
-        plain = "".join(t.value for t in tokens)
         if plain in ("\\infty", "+\\infty", "-\\infty"):
             return Infinite(-1 if plain[0] == "-" else 1)
         if plain == "\\emptyset":
@@ -295,6 +308,8 @@ class _Reader:
             rows.append([*row, cell])
         if kind == "cases":
             return self.cases([[_condition(c) for c in r] for r in rows])
+        if kind == "array" and len(rows) == len(rows[0]) == 1:
+            return self.part(rows[0][0])
         cells = tuple(tuple(self.part(c) for c in r) for r in rows)
         if len({len(r) for r in cells}) != 1:
             raise Unreadable("rows of different lengths")
@@ -342,8 +357,8 @@ class _Reader:
             if last != "\\}":
                 return None
             bars = [i for i, t in enumerate(inner) if depth[i] == 0 and t.value in ("|", ":") and t.kind == "x"]
-            if len(bars) == 1 and not spots:
-                return self.part(inner[bars[0] + 1 :])
+            if len(bars) == 1:
+                return self.builder(inner[: bars[0]], inner[bars[0] + 1 :])
             members = [self.part(p) for p in split(inner, spots) if p]
             flat = [
                 f for item in members for f in (item.items if isinstance(item, Many) and not item.braced else (item,))
@@ -354,6 +369,16 @@ class _Reader:
         if first == "\\langle":
             first, last = "(", ")"
         return Ordered(first, last, tuple(self.part(p) for p in split(inner, spots)))
+
+    def builder(self, member: list[Token], condition: list[Token]) -> Answer:
+        """{x | x > 2} is its condition where the member is a mere name, of a real number if anything."""
+        domain = next((i for i, t in enumerate(member) if t.value == "\\in"), len(member))
+        real = "".join(t.value for t in member[domain + 1 :]) in ("", *_REAL_NUMBERS)
+        if real and name_of(member[:domain]) is not None:
+            if domain == 1:  # the member's name is bound: any other says the same
+                condition = [t._replace(value="x") if t.value == member[0].value else t for t in condition]
+            return self.part(condition)
+        return Ordered("{|", "|}", (self.part(member), self.part(condition)))
 
 
 def _is_system(many: Many) -> bool:

@@ -63,8 +63,15 @@ _CHANGING = re.compile(
     r"\b(?:or|and|not|no|more|less|fewer|least|most|than|about|approximately|to|wrong|incorrect|false|except|if|mod|base|false|"
     r"nor|either|maybe|perhaps|possibly|unknown|above|below|over|under|around|nearly|almost|when|where|for|with|is|are|was|the|"
     r"rounded|times|half|choose|factorial|squared|cubed|negative|minus|plus|divided|multiplied|otherwise|else|only|between|through|via|"
-    r"am|pm|a\.m|p\.m|remainder|thirds|quarters|halves|tenths|hundredths)\b|\?|[0-9=<>]|!"
+    r"am|pm|a\.m|p\.m|remainder|(?:quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|hundredth|thousandth|millionth)s?|halves|"
+    r"point|score|gross|root|power|inverse|infinity|off|past|prime$|provided|unless|given|[a-z]*illions?|lakhs?|crores?|pi|sqrt)\b|\?|[0-9=<>]|!"
 )
+# Symbols of one or two letters that are units; "5 x", "5 pi" and "5 k" are other values than 5.
+_SHORT = {
+    "m", "g", "s", "h", "l", "L", "N", "J", "W", "V", "A", "C", "F", "°", "%", "¢", "mm", "cm", "dm", "km", "nm", "kg", "mg", "gm",
+    "ml", "mL", "dl", "dL", "cl", "cL", "kl", "kL", "ft", "in", "yd", "mi", "lb", "oz", "hr", "ms", "ns", "Hz", "Pa", "kW", "kJ", "kN", "kV",
+    "mA", "mV", "mW", "cc", "pt", "qt", "sq", "cu", "th", "st", "nd", "rd", "ha", "Rs", "cd", "eV",
+}  # fmt: skip
 MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 
 
@@ -79,6 +86,8 @@ def split_tail(tail: str) -> tuple[int, str] | None:
     if _CHANGING.search(words.lower()):
         return None
     if words and not re.fullmatch(r"[A-Za-z°%\u00a2 .,'/^*()-]{1,60}", words):
+        return None
+    if len(words) <= 2 and words and words not in _SHORT and words.lower() not in BARE:
         return None
     return multiple, words
 

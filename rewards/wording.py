@@ -24,6 +24,8 @@ _NUMBER_WORDS = {w: n for n, w in enumerate(["zero", "one", "two", "three", "fou
 _ARTICLE = re.compile(r"^(?:an?|the) (?=[a-z]{3,})")
 _UNWRAP = re.compile(r"\\(?:textbf|textit|textrm|textnormal|texttt|textsf|textsc|text|mbox|mathrm|mathbf|mathit|mathsf|operatorname|emph|bf|rm|boldsymbol|hbox|underline)(?![A-Za-z])")  # fmt: skip
 WHOLE_TEXT = re.compile(r"^\\(?:text|textbf|mathrm|mbox|textrm|textit|textnormal)\s?\{([^{}]*)\}$")
+_TEXT_PART = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm)\s?\{([^{}]*)\}")
+_ONE_BRACED = re.compile(r"\{([^{}\\])\}")
 SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
 _NAME = re.compile(
     r"^(?:m?\\angle ?)?(?:\\(?:overline|triangle|vec|hat|mathbf|mathrm|widehat|mathcal)\{?)?(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho|tau|varphi|epsilon|ell|Delta|Omega))\}?'*"
@@ -61,8 +63,9 @@ _SYNONYMS = {
     **dict.fromkeys(("\\mathbbz", "all integers", "integers", "the integers", "the set of integers"), "the integers"),
     **dict.fromkeys(("\\mathbbn", "all natural numbers", "natural numbers"), "the natural numbers"),
     **dict.fromkeys(("\\mathbbq", "all rational numbers", "rational numbers"), "the rational numbers"),
+    **dict.fromkeys(("all complex numbers", "complex numbers"), "the complex numbers"),
     "no solutions": "\\emptyset", "no solution": "\\emptyset", "empty set": "\\emptyset", "the empty set": "\\emptyset", "\\{\\}": "\\emptyset",
-    "\\{ \\}": "\\emptyset", "no real solutions": "\\emptyset", "no real solution": "\\emptyset", "dne": "does not exist", "undef": "undefined",
+    "\\{ \\}": "\\emptyset", "no real solutions": "\\emptyset", "no real solution": "\\emptyset", "dne": "does not exist", "undef": "undefined", "not defined": "undefined",
     "infinity": "\\infty", "+\\infty": "\\infty", "negative infinity": "-\\infty", "noon": "12:00 pm", "midnight": "12:00 am",
     "∅": "\\emptyset", "+infinity": "\\infty", "-infinity": "-\\infty", "infinite": "\\infty",
 }  # fmt: skip
@@ -72,7 +75,21 @@ def words_of(text: str) -> str:
     """The text without \\text and the like, braces, repeated spaces and a final full stop; lower case."""
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = SPACES.sub(" ", _UNWRAP.sub("", text)).replace("{", "").replace("}", "").strip().strip("\"'`“”").strip()
+    if "  " in text:
+        text = SPACES.sub(" ", text)
     return text.rstrip(".").strip().lower()
+
+
+def spelling_of(text: str) -> str:
+    """What tells two texts apart that are compared as they are written: words alone, or all of a formula.
+
+    In a formula braces and capitals carry meaning: \\frac{1}{23} is not \\frac{12}{3}, and \\Delta not \\delta.
+    """
+    bare = _UNWRAP.sub("", SPACES.sub(" ", _TEXT_PART.sub(r" \1 ", text)))
+    if "\\" not in bare and "^" not in bare and "_" not in bare:
+        return words_of(text)
+    bare = bare.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    return _ONE_BRACED.sub(r"\1", SPACES.sub("", bare)).rstrip(".")
 
 
 def without_article(words: str) -> str:
@@ -143,6 +160,7 @@ def read_words(text: str, read: Callable[[str], Answer]) -> Answer | None:
         "the integers",
         "the natural numbers",
         "the rational numbers",
+        "the complex numbers",
     ):
         return Words(plain)
     if plain in ("\\infty", "-\\infty"):
@@ -197,7 +215,7 @@ def base_numeral(text: str) -> Base | None:
     if not match:
         return None
     digits, base = match.group(1) or match.group(3), match.group(2) or match.group(4)
-    if digits.isalpha():
+    if digits.isalpha() and (len(digits) == 1 or base not in ("11", "12", "16", "eleven", "twelve", "sixteen")):
         return None
     number = int(base) if base.isdigit() else _NUMBER_WORDS[base]
     digits = digits.replace(" ", "").replace("(", "").upper()

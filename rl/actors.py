@@ -16,6 +16,8 @@ import ray
 from plumbline.rewards.verdict import Verdict
 from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig
+from plumbline.rl.faults import Place, own_place
+from plumbline.rl.files import disk_refusal
 from plumbline.rl.monitoring.publish import actor_name, watch_grading, watch_rollout, watch_update
 
 
@@ -31,13 +33,21 @@ def _set_up(threads: int | None) -> None:
     logging.disable_progress_bar()
 
 
-@ray.remote
-class RolloutWorker:
-    """Owns a rollout engine."""
+class _Actor:
+    """What actors of every role have."""
 
     # Ray puts it in front of each line that the actor logs.
     def __repr__(self) -> str:
         return actor_name()
+
+    def place(self) -> Place:
+        """Where it runs, once it does."""
+        return own_place()
+
+
+@ray.remote
+class RolloutWorker(_Actor):
+    """Owns a rollout engine."""
 
     def begin(self, config: RunConfig, policy_path: str | None = None) -> str:
         """Load the starting policy of a run (or any other to evaluate). Returns the device."""
@@ -73,11 +83,8 @@ class RolloutWorker:
 
 
 @ray.remote
-class RewardWorker:
+class RewardWorker(_Actor):
     """Grades finished groups in killable processes while other groups still generate."""
-
-    def __repr__(self) -> str:
-        return actor_name()
 
     def __init__(self, config: RunConfig) -> None:
         from plumbline.rewards.workers import Grader
@@ -108,7 +115,7 @@ class RewardWorker:
 
 
 @ray.remote
-class LearnerWorker:
+class LearnerWorker(_Actor):
     """One of the learner's processes. Every method is called on all of them at once."""
 
     def address(self) -> str:
@@ -124,9 +131,6 @@ class LearnerWorker:
 
         self.device = pick_device(config.policy.device)
         self.ranks = Ranks.join(rank, size, address, self.device, config.ray.start_timeout_seconds)
-
-    def __repr__(self) -> str:
-        return actor_name()
 
     def begin(self, config: RunConfig) -> str:
         """Load the starting policy with a fresh optimizer. Returns the device."""
@@ -150,7 +154,7 @@ class LearnerWorker:
         return metrics
 
     def publish(self) -> dict[str, Any]:
-        """{version, arrays, checksum}: arrays go to the object store once and are shared by all rollout workers."""
+        """{version, arrays, checksum}: `arrays` refers to them in the object store, where all rollout workers read them."""
         import torch
 
         from plumbline.rl import learner_state
@@ -164,12 +168,21 @@ class LearnerWorker:
             weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
         checksum = absolute_sum(weights.values())
         arrays = {name: (t.view(torch.int16) if half else t).cpu().numpy() for name, t in weights.items()}
-        return {"version": self.learner.version, "arrays": arrays, "checksum": checksum}
+        return {"version": self.learner.version, "arrays": ray.put(arrays), "checksum": checksum}
 
     def save(self, folder: str) -> None:
-        """Write folder/policy (a Hugging Face folder with tokenizer and prompt style) and folder/learner.pt."""
+        """Write folder/policy (a Hugging Face folder with tokenizer and prompt style) and folder/learner.pt.
+
+        Raises OSError when the disk is full.
+        """
         from plumbline.rl import learner_state
 
-        learner_state.save(self.learner, Path(folder))
-        if self.ranks.rank == 0:
-            self.codec.save(Path(folder) / "policy")
+        try:
+            learner_state.save(self.learner, Path(folder))
+            if self.ranks.rank == 0:
+                self.codec.save(Path(folder) / "policy")
+        except Exception as error:
+            refusal = disk_refusal(Path(folder))
+            if refusal is not None:
+                raise refusal from error
+            raise

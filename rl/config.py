@@ -128,6 +128,12 @@ class RewardSection(Section):
     processes_per_worker: PositiveInt = Field(1, description="Killable grading processes of each actor.")
     timeout_seconds: float = Field(2.0, gt=0, description="Time limit of one answer; its verdict is then `timeout`.")
     memory_gib: float = Field(0.5, gt=0, description="Memory limit of a grading process.")
+    group_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="A worker that grades one group for longer (a `shaping` of yours that hangs) is replaced, and the group's "
+        "verdicts are `timeout`; None: a minute more than twice what its answers may take.",
+    )
     shaping: str = Field(
         "binary",
         description="`binary` (1 / 0), `limr` (1 / -0.5 / -1), `dapo_overlong` (1 / -1 and DAPO's soft punishment of length), or "
@@ -141,6 +147,11 @@ class RewardSection(Section):
         False, description="Give a function with TRL's signature lists of messages; false: texts."
     )
     checking: CheckingSection = Field(default_factory=CheckingSection)
+
+    def group_limit_seconds(self, completions: int) -> float:
+        """group_timeout_seconds for groups of so many completions."""
+        rounds = -(-completions // self.processes_per_worker)
+        return self.group_timeout_seconds or 60 + 2 * rounds * self.timeout_seconds
 
 
 class ClippingSection(Section):
@@ -184,6 +195,9 @@ class LearnerSection(Section):
     liger: bool = Field(False, description="liger-kernel's fused norm, RoPE and SwiGLU (CUDA only; extra `liger`).")
     clipping: ClippingSection = Field(default_factory=ClippingSection)
     lora: LoraSection = Field(default_factory=LoraSection)
+    update_timeout_seconds: float = Field(
+        3600, gt=0, description="A training step's update that takes longer is an error."
+    )
     max_skipped_steps: int = Field(
         10,
         ge=0,
@@ -323,7 +337,19 @@ class SelectionSection(Section):
 class RaySection(Section):
     address: str | None = Field(None, description="None: a local cluster, or the job's own inside `ray job submit`.")
     dashboard: bool = Field(True, description="Ray's dashboard, on the loopback address only.")
-    start_timeout_seconds: float = Field(180, gt=0, description="Deadline for the cluster and every actor to come up.")
+    start_timeout_seconds: float = Field(
+        180, gt=0, description="Deadline for the cluster and every actor to come up, and for the learners to meet."
+    )
+    transfer_timeout_seconds: float = Field(
+        1800,
+        gt=0,
+        description="Deadline for loading a policy, for a weight sync, and for reading or writing a checkpoint.",
+    )
+    replacements_per_step: int = Field(
+        5,
+        ge=0,
+        description="Rollout (or reward) workers that may die in a step and be replaced; one more stops the run.",
+    )
     timeline_step: PositiveInt | None = Field(
         None, description="Write the calls of this training step as a Chrome trace, timeline-step-N.json."
     )

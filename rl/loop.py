@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
 from plumbline.errors import InputError
@@ -15,6 +14,7 @@ from plumbline.rl.checkpoint import CheckpointStore
 from plumbline.rl.cluster import Roles
 from plumbline.rl.collect import Collector
 from plumbline.rl.config import RunConfig
+from plumbline.rl.files import writing
 from plumbline.rl.records import CompletionLog, history_rows, state_metrics, step_metrics, training_batch
 from plumbline.rl.tasks import TaskSet
 from plumbline.rl.telemetry import Telemetry
@@ -37,8 +37,8 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     Everything lands in config.folder: history/, completions/, metrics.jsonl, tensorboard/, check.html, checkpoints/.
     With `resume`, work goes on from the newest intact checkpoint as if it had never stopped.
 
-    Raises InputError for a checkpoint that does not fit, TimeoutError when rollout outlasts its deadline,
-    NonFiniteGradients, and RewardsUnsound when the reward check stops the run.
+    Raises InputError for a checkpoint that does not fit, RunStopped when a role fails or a deadline passes (NonFiniteGradients
+    is one), OSError for a full disk, and RewardsUnsound when the reward check stops the run.
     """
     began = time.monotonic()
     folder = config.folder
@@ -79,13 +79,14 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             clock = time.monotonic()
             filled = collector.fill(step)
             rollout_seconds = time.monotonic() - clock
-            history.append(history_rows(filled.graded, step))
+            with writing(history.folder):
+                history.append(history_rows(filled.graded, step))
             log.write(step, filled.graded)
 
             batch = training_batch(filled.groups)
             update = roles.update(batch)
             checked = checking.check(step, filled.graded)  # on the reward workers, while the learner works
-            metrics = ray.get(update)[0] | checked
+            metrics = update() | checked
             used_version, policy_version = policy_version, roles.sync()
 
             step_seconds = time.monotonic() - clock

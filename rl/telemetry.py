@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from plumbline.rl.config import RunConfig
-from plumbline.rl.files import read_rows
+from plumbline.rl.files import read_rows, writing
 from plumbline.rl.monitoring.publish import StepPublisher
 from plumbline.rl.monitoring.timeline import export_timeline
 from plumbline.rl.trackers import finite, open_trackers
@@ -64,8 +64,9 @@ class Telemetry:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step (counted from 1)."""
         row = {"step": step, "time": time.time(), **metrics}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         for tracker in self.trackers:

@@ -4,8 +4,8 @@
     python benchmarks/evaluation_agreement.py graded.jsonl --limr LIMR/eval --output agreement.json
     python benchmarks/evaluation_agreement.py runs/evaluate-x/math500.jsonl --programs lighteval
 
-Reads completions as `plumbline evaluate` keeps them (response, gold, correct), outputs as ToRA published them
-(code, gt), or labelled pairs (answer, gold, correct), whose label is plumbline's verdict too, as tests/rewards/test_labelled.py
+Reads completions as `plumbline evaluate` keeps them (response, gold, correct), outputs as ToRA published them (with
+code and gt), or labelled pairs (answer, gold, correct), whose label is plumbline's verdict too, as a test of them
 checks. `--grade` lets plumbline grade them and writes them as `plumbline evaluate` would. Without it nothing of
 plumbline is needed, so that the program runs in each other program's own environment: with lm-eval's `math` extra, with
 lighteval's, and with what LIMR's evaluation imports (SymPy, antlr4, regex, jsonlines). --output has every disagreement.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import warnings
@@ -29,7 +28,9 @@ def _set_up(threads: int | None) -> None:
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    from plumbline.rl.device import usable_cpus
+
+    torch.set_num_threads(threads or usable_cpus())
     logging.disable_progress_bar()
 
 

@@ -1,4 +1,6 @@
-"""Where tensors live."""
+"""Where tensors live, and how many CPUs may compute them."""
+
+import os
 
 import torch
 
@@ -18,3 +20,10 @@ def pick_device(wanted: str) -> str:
             "policy.device is cuda, but torch sees no GPU; use auto or cpu, or install a CUDA build of torch"
         )
     return wanted
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on: fewer than the machine's under taskset or a job scheduler's CPU set."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from plumbline.errors import InputError
 from plumbline.rl.config import RunConfig, parse_config
 from plumbline.rl.data import BENCHMARKS, FILE_TYPES
-from plumbline.rl.device import pick_device
+from plumbline.rl.device import pick_device, usable_cpus
 from plumbline.rl.evaluation.endpoint import Messages
 from plumbline.rl.evaluation.manifest import (
     BenchmarkPart,
@@ -133,7 +132,7 @@ def resolve(request: Request, console: Console) -> Job:
         device="server" if request.engine == "endpoint" else pick_device(request.device),
         workers=request.workers,
         slots=request.slots,
-        threads=None if request.engine == "endpoint" else os.cpu_count(),
+        threads=None if request.engine == "endpoint" else usable_cpus(),
     )
     return _job(request, engine, prompt, parts, request.seed, "evaluate", console)
 

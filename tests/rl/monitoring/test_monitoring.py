@@ -24,7 +24,10 @@ from plumbline.rl.text import Codec
 SCRAPE_DEADLINE_SECONDS = 120
 # Ray's own spelling of its setting.
 REPORT_INTERVAL = "RAY_metrics_report_interval_ms"
-EXPECTED = [metric for metric in METRICS if metric.when != "a GPU"]
+SAMPLER = "selection.sampler.name="
+EXPECTED = [metric for metric in METRICS if metric.when != "a GPU" and not metric.when.startswith(SAMPLER)]
+OF_SAMPLERS = [metric for metric in METRICS if metric.when.startswith(SAMPLER)]
+SAMPLERS = sorted({metric.when.removeprefix(SAMPLER) for metric in OF_SAMPLERS})
 
 
 def scrape():
@@ -34,6 +37,21 @@ def scrape():
     with urllib.request.urlopen(url, timeout=30) as response:
         text = response.read().decode()
     return [(s.name, s.labels, s.value) for family in text_string_to_metric_families(text) for s in family.samples]
+
+
+def watch(wanted):
+    """What is exported, once all the wanted metrics are or the deadline has passed.
+
+    Ray exports a gauge once after it is set, each process at its own time, so what was seen before is kept.
+    """
+    deadline = time.monotonic() + SCRAPE_DEADLINE_SECONDS
+    seen = {}
+    while True:
+        seen |= {(name, tuple(sorted(labels.items()))): value for name, labels, value in scrape()}
+        samples = [(name, dict(labels), value) for (name, labels), value in seen.items()]
+        if all(samples_of(metric, samples) for metric in wanted) or time.monotonic() > deadline:
+            return samples
+        time.sleep(1)
 
 
 def status_without_token():
@@ -55,35 +73,26 @@ def samples_of(metric, samples):
 def run(policy_path, tmp_path_factory):
     """Three steps of training with everything on; (config, samples, facts about the cluster)."""
     folder = tmp_path_factory.mktemp("monitored")
-    config = parse_config(
-        {
-            "name": "watched",
-            "output": str(folder),
-            "steps": 3,
-            "policy": {"path": policy_path, "device": "cpu"},
-            "data": {"source": "procedural:train", "limit": 10},
-            "rollout": {"prompts_per_step": 4, "completions_per_prompt": 3, "max_new_tokens": 6, "slots": 6},
-            "learner": {"learning_rate": 1e-2, "tokens_per_microbatch": 64, "threads": 1},
-            "reward": {"shaping": "plumbline.testing:short_is_good"},
-            "algorithm": {"kl_coefficient": 0.01},
-            "checkpoint": {"every_steps": 0},
-            "ray": {"timeline_step": 2},
-        }
-    )
+    settings = {
+        "name": "watched",
+        "output": str(folder),
+        "steps": 3,
+        "policy": {"path": policy_path, "device": "cpu"},
+        "data": {"source": "procedural:train", "limit": 10},
+        "rollout": {"prompts_per_step": 4, "completions_per_prompt": 3, "max_new_tokens": 6, "slots": 6},
+        "learner": {"learning_rate": 1e-2, "tokens_per_microbatch": 64, "threads": 1},
+        "reward": {"shaping": "plumbline.testing:short_is_good"},
+        "algorithm": {"kl_coefficient": 0.01},
+        "checkpoint": {"every_steps": 0},
+        "ray": {"timeline_step": 2},
+    }
+    config = parse_config(settings)
     os.environ[REPORT_INTERVAL] = "500"
     try:
         with Roles.start(config) as roles:
             tasks, _ = training_tasks(config, Codec(config.policy.path))
             train(config, roles, tasks, Console(quiet=True))
-            deadline = time.monotonic() + SCRAPE_DEADLINE_SECONDS
-            seen = {}
-            while True:
-                # Ray exports a gauge once after it is set, each process at its own time.
-                seen |= {(name, tuple(sorted(labels.items()))): value for name, labels, value in scrape()}
-                samples = [(name, dict(labels), value) for (name, labels), value in seen.items()]
-                if all(samples_of(metric, samples) for metric in EXPECTED) or time.monotonic() > deadline:
-                    break
-                time.sleep(1)
+            samples = watch(EXPECTED)
             processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
             listening = set()
             for process in processes:
@@ -102,6 +111,15 @@ def run(policy_path, tmp_path_factory):
                 "metadata": [job.metadata for job in list_jobs(address=where, detail=True)],
                 "unauthorised": status_without_token(),
             }
+            for name in SAMPLERS:
+                another = parse_config(
+                    settings
+                    | {"name": f"watched-{name}", "output": str(folder / name), "steps": 1}
+                    | {"selection": {"sampler": {"name": name, "screening": 1}}}
+                )
+                another.folder.mkdir()
+                train(another, roles, tasks, Console(quiet=True))
+            facts["samplers"] = watch(OF_SAMPLERS)
         yield config, samples, facts
     finally:
         del os.environ[REPORT_INTERVAL]
@@ -118,6 +136,17 @@ def test_every_documented_metric_is_scraped_with_a_sane_value(run, metric):
         assert metric.low <= value <= metric.high
         assert set(metric.tags) <= set(labels)
         assert labels[owner] == "watched" if owner == "run" else labels[owner].startswith(metric.role)
+
+
+@pytest.mark.parametrize("metric", OF_SAMPLERS, ids=lambda metric: metric.name)
+def test_what_a_sampler_tells_is_scraped_from_a_run_with_it(run, metric):
+    config, _, facts = run
+    name = metric.when.removeprefix(SAMPLER)
+    found = [(labels, value) for labels, value in samples_of(metric, facts["samplers"]) if math.isfinite(value)]
+    assert {labels["run"] for labels, _ in found} == {f"watched-{name}"}
+    ((_, value),) = found
+    assert metric.low <= value <= metric.high
+    assert value == pytest.approx(read_metrics(config.folder / name)[-1][metric.key], rel=1e-6)
 
 
 def test_the_gauges_are_the_last_row_of_the_metrics_file(run):

@@ -82,7 +82,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Ratio:
-    """a:b or a:b:c. `clock`: (hour, minute) where it can be a time of day; `half`: am, pm or empty."""
+    """a:b or a:b:c. `clock`: (hour, seconds after it) where it can be a time of day; `half`: am, pm or empty."""
 
     parts: tuple[Node, ...]
     clock: tuple[int, int] | None = None

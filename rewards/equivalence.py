@@ -263,8 +263,8 @@ class Comparison(Values):
                 # one side says a.m. or p.m., the other a 24-hour or a bare 12-hour time
                 bare, marked = (g, a) if a.half else (a, g)
                 assert bare.clock and marked.clock  # noqa: PT018
-                hour, minute = marked.clock
-                return bare.clock[1] == minute and bare.clock[0] in (
+                hour, seconds = marked.clock
+                return bare.clock[1] == seconds and bare.clock[0] in (
                     hour,
                     hour - 12 if hour > 12 else 12 if hour == 0 else hour,
                 )

@@ -42,7 +42,7 @@ def _outermost(text: str, starts: list[int]) -> str | None:
     """Content of the outermost complete box around the last one, None if it stands in no other."""
     boxes, last = set(starts), starts[-1]
     open_braces: list[int] = []
-    found = None
+    found: tuple[int, int] | None = None
     for at in _unescaped(text, starts[0]):
         if text[at] == "{":
             open_braces.append(at)
@@ -51,8 +51,8 @@ def _outermost(text: str, starts: list[int]) -> str | None:
             continue
         opening = open_braces.pop()
         if opening in boxes and opening < last < at:
-            found = text[opening + 1 : at]
-    return found
+            found = opening + 1, at
+    return None if found is None else text[found[0] : found[1]]
 
 
 def _content(text: str, opening: int) -> str | None:

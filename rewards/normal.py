@@ -260,7 +260,8 @@ class Normaliser(Arithmetic):
             ):
                 top = number.numerator
                 return constant(factorial(top) // (factorial(k.numerator) * factorial(top - k.numerator)))
-            if number is None and k is not None and k.denominator == 1 and 0 <= k <= MAX_CHOSEN:
+            small = x[1] == {ONE: 1} and len(x[0]) <= 2 and all(e <= 2 for mono in x[0] for _, e in mono)
+            if number is None and small and k is not None and k.denominator == 1 and 0 <= k <= MAX_CHOSEN:
                 out = constant(Fraction(1, factorial(k.numerator)))
                 for taken in range(k.numerator):
                     out = self.mul(out, self.add(x, constant(-taken)))

@@ -101,6 +101,12 @@ def _unit_start(tokens: list[Token]) -> int | None:
     return None
 
 
+def _is_bare_unit(tokens: list[Token]) -> bool:
+    """Whether the letters that the tokens begin with spell a unit."""
+    end = next((i for i, t in enumerate(tokens) if t.kind != "x" or not t.value.isalpha()), len(tokens))
+    return "".join(t.value for t in tokens[:end]) in units.BARE
+
+
 def _tail_words(tail: list[Token]) -> tuple[str, int]:
     text = ""
     power = 1
@@ -120,5 +126,13 @@ def _tail_words(tail: list[Token]) -> tuple[str, int]:
             raise Unreadable("unit")
         if token.kind == "n" or token.kind == "c":
             raise Unreadable("unit")
+        if (
+            n
+            and tail[n - 1].kind == "t"
+            and token.kind == "x"
+            and token.value.isalpha()
+            and not _is_bare_unit(tail[n:])
+        ):
+            raise Unreadable("a letter after the unit")  # 5 \text{ cm}x
         text += (" " if token.spaced else "") + token.value
     return SPACES.sub(" ", text).strip(), power

@@ -64,7 +64,9 @@ _CHANGING = re.compile(
     r"nor|either|maybe|perhaps|possibly|unknown|above|below|over|under|around|nearly|almost|when|where|for|with|is|are|was|the|"
     r"rounded|times|half|choose|factorial|squared|cubed|negative|minus|plus|divided|multiplied|otherwise|else|only|between|through|via|"
     r"am|pm|a\.m|p\.m|remainder|(?:quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|hundredth|thousandth|millionth)s?|halves|"
-    r"point|score|gross|root|power|inverse|infinity|off|past|prime$|provided|unless|given|[a-z]*illions?|lakhs?|crores?|pi|sqrt)\b|\?|[0-9=<>]|!"
+    r"point|score|gross|root|power|inverse|infinity|off|past|prime$|provided|unless|given|[a-z]*illions?|lakhs?|crores?|pi|sqrt|"
+    r"(?:ten|hundred|thousand|dozen)s|mil|doubled?|tripled?|halved|reciprocal|radical|log|sin|cos|tan|imaginary|complex|repeating|recurring|bar|"
+    r"undefined|impossible|fails?|too|guess)\b|\?|[0-9=<>]|!"
 )
 # Symbols of one or two letters that are units; "5 x", "5 pi" and "5 k" are other values than 5.
 _SHORT = {

@@ -266,13 +266,14 @@ def read_clock(match: re.Match[str], plain: str) -> Answer:
     half = match.group(3) or match.group(7) or ""
     minute, _, second = minute.replace(" ", "").partition(":")
     h, m = int(hour), int(minute)
-    if second:
-        return Words(f"{h}:{minute}:{second} {half}m" if half else f"{h}:{minute}:{second}")
+    s = int(second or 0)
+    if s > 59:
+        return Words(plain)  # no time of day, and no ratio anyone would write so
+    parts = tuple(("num", Fraction(part)) for part in ((h, m, s) if second else (h, m)))
     if h > 24 or m > 59 or (half and not 1 <= h <= 12):
         if half:
             return Words(plain)
-        return Ratio((("num", Fraction(h)), ("num", Fraction(m))))
-    parts = (("num", Fraction(h)), ("num", Fraction(m)))
+        return Ratio(parts)
     if half:
         h = h % 12 + (12 if half == "p" else 0)
-    return Ratio(parts, (h, m), half)
+    return Ratio(parts, (h, 60 * m + s), half)

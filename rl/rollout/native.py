@@ -75,8 +75,7 @@ class NativeEngine:
         self.slots = slots
         self.device = device
         self.version = 0
-        # NSA's decode plan asks the device for lengths, which a captured step cannot.
-        self.on_device = device.startswith("cuda") and self.policy.config.attention == "full"
+        self.on_device = device.startswith("cuda")
         self.decoder: Decoder | None = None
         self.blocks = BlockCodec(self.policy.config) if self.policy.config.attention == "nsa" else None
 

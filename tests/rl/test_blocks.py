@@ -10,10 +10,11 @@ from rich.console import Console
 from plumbline.errors import InputError
 from plumbline.models.attention import open_gate_bias
 from plumbline.models.config import PolicyConfig
-from plumbline.models.load import load_policy
+from plumbline.models.load import load_policy, load_tokenizer, policy_config
 from plumbline.models.policy import Policy
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
 from plumbline.rl.blocks import BlockCodec
+from plumbline.rl.coldstart import save
 from plumbline.rl.collect import _completion, _plain
 from plumbline.rl.config import parse_config
 from plumbline.rl.launch import launch_training
@@ -248,7 +249,9 @@ def test_full_attention_has_no_blocks(tmp_path):
 
 
 def test_a_run_with_full_attention_is_refused_before_it_starts(policy_path, tmp_path):
-    tree = {"name": "x", "output": str(tmp_path / "x"), "policy": {"path": policy_path}, "data": {"limit": 4}}
+    dense = PolicyConfig(**{**policy_config(policy_path).to_dict(), "attention": "full", "nsa": None})
+    save(Policy(dense), load_tokenizer(policy_path), tmp_path / "dense")
+    tree = {"name": "x", "output": str(tmp_path / "x"), "policy": {"path": str(tmp_path / "dense")}}
     with pytest.raises(InputError, match=r"replay_blocks .* has full attention"):
         launch_training(parse_config({**tree, "rollout": {"replay_blocks": True}}), Console(quiet=True))
     assert not (tmp_path / "x").exists()

@@ -58,7 +58,7 @@ class FullAttention(Attention):
         super().__init__(config, branches=1)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[FullCache, Tensor] | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[FullCache, Tensor] | None, *_: None
     ) -> Tensor:
         q, [(k, v)] = self.project(x, cos, sin)
         if store is not None:
@@ -70,7 +70,7 @@ class FullAttention(Attention):
         )
         return self.o_proj(layout.unpad(out).flatten(1))
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: FullCache, plan: StepPlan) -> Tensor:
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: FullCache, plan: StepPlan, *_: None) -> Tensor:
         q, [(k, v)] = self.project(x, cos, sin)
         cache.k[plan.slots, :, plan.position] = k.to(cache.k.dtype)
         cache.v[plan.slots, :, plan.position] = v.to(cache.v.dtype)
@@ -125,8 +125,16 @@ class SparseAttention(Attention):
         return torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, 3))
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[NSACache, Tensor] | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: Layout,
+        store: tuple[NSACache, Tensor] | None,
+        replay: Tensor | None = None,
+        record: Tensor | None = None,
     ) -> Tensor:
+        """replay [T, Hkv, count] int32: blocks to attend to instead of choosing; record, the same, takes those used."""
         q, (cmp, slc, win) = self.project(x, cos, sin)
         gates = self.gates(x)
         if self.observer is not None:
@@ -137,20 +145,37 @@ class SparseAttention(Attention):
             if store is not None:
                 cache, slots = store
                 cache.prefill(slots, cmp, slc, win, layout, phi)
-            out = native_sparse_attention(q, cmp, slc, win, gates, layout.cu_seqlens, phi, self.nsa, layout=layout)
-        assert isinstance(out, Tensor)
+            out, blocks = native_sparse_attention(
+                q,
+                cmp,
+                slc,
+                win,
+                gates,
+                layout.cu_seqlens,
+                phi,
+                self.nsa,
+                layout=layout,
+                block_indices=replay,
+                return_blocks=True,
+            )
         if layout.longest < self.nsa.block:
             # No block, so phi is not used. Its gradient is then zero, not missing: sharded learner processes must all
             # reduce the same tensors, and optimizers must step on the same ones however a batch is cut.
             out = _WithInputs.apply(out, *phi)
+        if record is not None:
+            record.copy_(blocks)
         return self.o_proj(out.flatten(1))
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: NSACache, plan: DecodePlan) -> Tensor:
+    def step(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: NSACache, plan: DecodePlan, record: Tensor | None = None
+    ) -> Tensor:
+        """record [B, Hkv, count] int32 takes the blocks chosen."""
         q, (cmp, slc, win) = self.project(x, cos, sin)
         gates = self.gates(x)
         with torch.autocast(x.device.type, enabled=False):
-            out = decode_step(q, cmp, slc, win, gates, cache, plan, self.phi(q.dtype))
-        assert isinstance(out, Tensor)
+            out, blocks = decode_step(q, cmp, slc, win, gates, cache, plan, self.phi(q.dtype), return_blocks=True)
+        if record is not None:
+            record.copy_(blocks)
         return self.o_proj(out.flatten(1))
 
 

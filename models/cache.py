@@ -68,6 +68,11 @@ class PolicyCache:
             return DecodePlan(slots, lengths, self.config.nsa_config, self.max_length)
         return StepPlan(slots, lengths, self.max_length)
 
+    def fixed_plan(self, slots: Tensor) -> DecodePlan:
+        """The same for sparse attention, made for the longest sequence that fits: nothing is read back from the device,
+        and no shape depends on a length. No sequence may be full already."""
+        return DecodePlan(slots, self.lengths[slots], self.config.nsa_config, self.max_length, longest=self.max_length)
+
     def reset(self, slots: Tensor) -> None:
         """Empty these slots."""
         self.lengths[slots] = 0

@@ -45,12 +45,21 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: Any = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, store)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: Layout,
+        store: Any = None,
+        replay: Tensor | None = None,
+        record: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, store, replay, record)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, plan: Any) -> Tensor:
-        x = x + self.self_attn.step(self.input_layernorm(x), cos, sin, cache, plan)
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, plan: Any, record: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn.step(self.input_layernorm(x), cos, sin, cache, plan, record)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -99,8 +108,21 @@ class Decoder(nn.Module):
         hidden[real] = packed
         return hidden
 
-    def run(self, input_ids: Tensor, cu_seqlens: Tensor, store: Store | None = None) -> Tensor:
-        """Packed [T], [B+1] int32 -> [T, hidden] after the final norm; with a store (cache, slots), also fills it."""
+    def run(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        store: Store | None = None,
+        *,
+        replay: Tensor | None = None,
+        record: Tensor | None = None,
+    ) -> Tensor:
+        """Packed [T], [B+1] int32 -> [T, hidden] after the final norm; with a store (cache, slots), also fills it.
+
+        Args:
+            replay: [T, layers, Hkv, count] int32, blocks that sparse attention takes instead of choosing.
+            record: the same shape, filled with the blocks it took.
+        """
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         tokens = sum(lengths)
         if tokens != input_ids.shape[0]:
@@ -109,20 +131,32 @@ class Decoder(nn.Module):
             return self.norm(self.embed_tokens(input_ids))
         groups = like_lengths(lengths)
         if len(groups) == 1 and len(groups[0]) == len(lengths):
-            return self._run_padded(input_ids, Layout(cu_seqlens), store)
+            return self._run_padded(input_ids, Layout(cu_seqlens), store, replay, record)
         parts, rows = [], []
         for group in groups:
             members = torch.tensor(group, device=input_ids.device)
             layout = Layout(F.pad((cu_seqlens.diff()[members]).cumsum(0), (1, 0)).int())
             starts = (cu_seqlens[members].long() - layout.cu_seqlens[:-1].long()).repeat_interleave(layout.lengths)
-            rows.append(starts + torch.arange(layout.tokens, device=input_ids.device))
+            at = starts + torch.arange(layout.tokens, device=input_ids.device)
+            taken = torch.empty_like(record[: layout.tokens]) if record is not None else None
             parts.append(
-                self._run_padded(input_ids[rows[-1]], layout, (store[0], store[1][members]) if store else None)
+                self._run_padded(
+                    input_ids[at],
+                    layout,
+                    (store[0], store[1][members]) if store else None,
+                    replay[at] if replay is not None else None,
+                    taken,
+                )
             )
+            if record is not None:
+                record[at] = taken
+            rows.append(at)
         back = torch.cat(rows).argsort()
         return torch.cat(parts)[back]
 
-    def _run_padded(self, input_ids: Tensor, packed: Layout, store: Store | None) -> Tensor:
+    def _run_padded(
+        self, input_ids: Tensor, packed: Layout, store: Store | None, replay: Tensor | None, record: Tensor | None
+    ) -> Tensor:
         # Sequences padded to one length (causality keeps padding out of them) make every layer's layout a view.
         ids = packed.pad(input_ids[:, None])[:, 0].flatten()
         batch, length = len(packed.lengths), packed.longest
@@ -134,25 +168,44 @@ class Decoder(nn.Module):
             x = x.to(self.residual_dtype)
         positions = torch.arange(length, device=ids.device).repeat(batch)
         cos, sin = self.rope(positions, x.dtype, packed.lengths.repeat_interleave(length))
+        if replay is not None:
+            replay = pad_blocks(replay, packed)
         for number, layer in enumerate(self.layers):
             kept = (store[0].layers[number], store[1]) if store is not None else None
+            blocks = replay[:, number].contiguous() if replay is not None else None
             if self.gradient_checkpointing and self.training and kept is None:
-                x = checkpoint(layer, x, cos, sin, layout, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, layout, None, blocks, use_reentrant=False)
+            elif record is None:
+                x = layer(x, cos, sin, layout, kept, blocks)
             else:
-                x = layer(x, cos, sin, layout, kept)
+                taken = record.new_empty(batch * length, *record.shape[2:])
+                x = layer(x, cos, sin, layout, kept, blocks, taken)
+                record[:, number] = packed.unpad(taken.unflatten(0, (batch, length)).transpose(1, 2))
         x = self.norm(x)
         return packed.unpad(x.view(batch, 1, length, -1)).squeeze(1)
 
-    def step(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
-        """Append one token [B] to each slot [B]; returns [B, hidden] after the final norm."""
+    def step(self, cache: PolicyCache, slots: Tensor, tokens: Tensor, record: Tensor | None = None) -> Tensor:
+        """Append one token [B] to each slot [B]; returns [B, hidden] after the final norm.
+
+        record [B, layers, Hkv, count] int32 takes the blocks that sparse attention chose.
+        """
         plan = cache.plan(slots)
         x = self.embed_tokens(tokens)
         cos, sin = self.rope(plan.position, x.dtype)
         layer: Any
-        for layer, store in zip(self.layers, cache.layers, strict=True):
-            x = layer.step(x, cos, sin, store, plan)
+        for number, (layer, store) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x = layer.step(x, cos, sin, store, plan, None if record is None else record[:, number])
         cache.lengths[slots] += 1
         return self.norm(x)
+
+
+def pad_blocks(replay: Tensor, packed: Layout) -> Tensor:
+    """Blocks of packed tokens [T, layers, Hkv, count] -> of padded ones [B L, layers, Hkv, count]; padding takes block 0."""
+    padded = packed.pad(replay.flatten(1, 2)).transpose(1, 2)  # [B, L, layers Hkv, count]
+    nothing = torch.full_like(padded[0, 0], -1)
+    nothing[:, 0] = 0
+    padded = torch.where(packed.valid[:, :, None, None], padded, nothing)
+    return padded.flatten(0, 1).unflatten(1, replay.shape[1:3])
 
 
 def like_lengths(lengths: list[int]) -> list[list[int]]:
@@ -254,9 +307,29 @@ class Policy(PreTrainedModel, GenerationMixin):
         past = (past_key_values or GenerationCache()) if use_cache else None
         return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past}
 
-    def hidden_states(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[T], [B+1] int32 -> [T, hidden] after the final norm."""
-        return self.model.run(input_ids, cu_seqlens)
+    def hidden_states(self, input_ids: Tensor, cu_seqlens: Tensor, replay: Tensor | None = None) -> Tensor:
+        """[T], [B+1] int32 -> [T, hidden] after the final norm.
+
+        replay [T, layers, Hkv, count] int32: blocks that sparse attention takes instead of choosing (see new_record).
+        """
+        if replay is not None:
+            wanted = (input_ids.shape[0], *self.new_record(0).shape[1:])
+            if replay.shape != wanted:
+                raise ValueError(
+                    f"replay must be [tokens, layers, kv heads, count] = {list(wanted)}, got {list(replay.shape)}"
+                )
+        return self.model.run(input_ids, cu_seqlens, replay=replay)
+
+    def new_record(self, tokens: int) -> Tensor:
+        """[tokens, layers, Hkv, count] int32, to be filled with the blocks that sparse attention takes for each token.
+
+        ValueError: full attention, which chooses none.
+        """
+        config = self.config
+        if config.attention != "nsa":
+            raise ValueError("full attention chooses no blocks that could be recorded or replayed")
+        shape = (tokens, config.num_hidden_layers, config.num_key_value_heads, config.nsa_config.count)
+        return torch.empty(shape, dtype=torch.int32, device=self.device)
 
     def new_cache(self, slots: int, max_length: int) -> PolicyCache:
         """Empty slots. ValueError: more tokens a slot than `dynamic` RoPE can decode (its keys turn with every token)."""
@@ -267,20 +340,31 @@ class Policy(PreTrainedModel, GenerationMixin):
             )
         return PolicyCache(self.config, slots, max_length, dtype=self.dtype, device=self.device)
 
-    def prefill(self, cache: PolicyCache, slots: Tensor, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Read packed prompts into empty slots [B]; returns the logits [B, vocab] of each one's last token."""
+    def prefill(
+        self,
+        cache: PolicyCache,
+        slots: Tensor,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        record: Tensor | None = None,
+    ) -> Tensor:
+        """Read packed prompts into empty slots [B]; returns the logits [B, vocab] of each one's last token.
+
+        record: new_record(T), filled.
+        """
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         if int(lengths.min()) < 1:
             raise ValueError("an empty prompt has no last token")
         if int(lengths.max()) > cache.max_length:
             raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit a cache of {cache.max_length}")
-        hidden = self.model.run(input_ids, cu_seqlens, (cache, slots))
+        hidden = self.model.run(input_ids, cu_seqlens, (cache, slots), record=record)
         cache.lengths[slots] = lengths
         return self.lm_head(hidden[cu_seqlens[1:].long() - 1])
 
-    def decode(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
-        """Append one token [B] to each slot [B]; returns logits [B, vocab]."""
-        return self.lm_head(self.model.step(cache, slots, tokens))
+    def decode(self, cache: PolicyCache, slots: Tensor, tokens: Tensor, *, record: Tensor | None = None) -> Tensor:
+        """Append one token [B] to each slot [B]; returns logits [B, vocab]. record: new_record(B), filled."""
+        return self.lm_head(self.model.step(cache, slots, tokens, record))
 
 
 AutoModelForCausalLM.register(PolicyConfig, Policy)

@@ -14,12 +14,14 @@ class Sampling:
         temperature: 0 is greedy; log-probabilities are then those at temperature 1.
         top_p: nucleus mass; 1 turns it off. Evaluation only.
         seed: with a request's key and the token position it decides every draw, whatever else is in the batch.
+        record_blocks: keep the blocks that sparse attention chose, for the learner to replay.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    record_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ class Completion:
         logprobs: of each token at sampling time, in nats.
         text: decoded, special tokens left out.
         truncated: no end token within max_new_tokens.
+        blocks: with Sampling.record_blocks, what sparse attention chose for the prompt's tokens and the completion's but
+            the last (rl/blocks.py).
     """
 
     token_ids: list[int]
     logprobs: list[float]
     text: str
     truncated: bool
+    blocks: bytes = b""
 
 
 @dataclass
@@ -86,6 +91,7 @@ class TrainingBatch:
         logprobs: sampling log-probabilities of the completion's tokens.
         rewards: one a completion.
         group_size: completions a prompt.
+        blocks: of each completion, to be replayed; None: the learner chooses its own.
     """
 
     prompt_ids: list[list[int]]
@@ -93,6 +99,7 @@ class TrainingBatch:
     logprobs: list[list[float]]
     rewards: list[float]
     group_size: int
+    blocks: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)

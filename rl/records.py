@@ -83,8 +83,8 @@ class CompletionLog:
                 path.unlink()
 
 
-def training_batch(groups: list[Group]) -> TrainingBatch:
-    """Groups of one size, in order."""
+def training_batch(groups: list[Group], *, replay_blocks: bool = False) -> TrainingBatch:
+    """Groups of one size, in order; with the blocks that rollout recorded, if they are to be replayed."""
     completions = [completion for group in groups for completion in group.completions]
     return TrainingBatch(
         prompt_ids=[group.prompt.token_ids for group in groups for _ in group.completions],
@@ -92,6 +92,7 @@ def training_batch(groups: list[Group]) -> TrainingBatch:
         logprobs=[completion.logprobs for completion in completions],
         rewards=[reward for group in groups for reward in group.rewards],
         group_size=len(groups[0].completions),
+        blocks=[completion.blocks for completion in completions] if replay_blocks else None,
     )
 
 

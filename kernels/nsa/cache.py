@@ -153,7 +153,7 @@ class DecodePlan:
             self.slots = slots.repeat_interleave(new, 0)
             self.position = (lengths[:, None] + torch.arange(new, device=lengths.device)).flatten()
         self.candidates = -(-self.longest // config.select_block)
-        self.blocks = int(block_counts(torch.tensor(self.longest), config.block, config.stride))
+        self.blocks = max(0, (self.longest - config.block) // config.stride + 1)
         self._memo: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     def scratch(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from plumbline.models.attention import FullAttention, SparseAttention
 from plumbline.models.config import PolicyConfig
@@ -86,19 +87,37 @@ class ServedPolicy(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         return self.lm_head(hidden_states)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy tensors, named as in our checkpoints, in place; returns their names. ValueError: one that does not fit."""
+    def refuse_others(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError unless names and shapes are exactly the policy's: a reload that stops half way leaves no model behind."""
         own = dict(self.named_parameters())
+        if own.keys() != tensors.keys():
+            raise ValueError(f"weights of another policy: {sorted(own.keys() ^ tensors.keys())[:3]}")
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(
+                    f"weights of another shape: {name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
+                )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy tensors, named as in our checkpoints, in place; returns their names. ValueError: one that does not fit.
+
+        While vLLM reloads weights, parameters are on the meta device, and only their `weight_loader`s put anything
+        into the tensors that are used.
+        """
+        own = dict(self.named_parameters(remove_duplicate=False))
         loaded = set()
         with torch.no_grad():
             for name, tensor in weights:
-                if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                tied = self.config.tie_word_embeddings
+                if tied and name == "lm_head.weight":
                     continue
                 if name not in own:
                     raise ValueError(f"the policy has no tensor {name}")
                 if own[name].shape != tensor.shape:
                     raise ValueError(f"{name} is {list(tensor.shape)}, the policy's {list(own[name].shape)}")
-                own[name].copy_(tensor)
+                # One tensor under two names: a reload waits for both.
+                for target in (name, "lm_head.weight") if tied and name == "model.embed_tokens.weight" else (name,):
+                    getattr(own[target], "weight_loader", default_weight_loader)(own[target], tensor)
                 loaded.add(name)
         return loaded
 

@@ -58,7 +58,7 @@ def make_engine(config: RunConfig, path: str, attention: str | None, codec: Code
             attention=attention,
             codec=codec,
             slots=settings.slots,
-            max_length=config.prompt.max_tokens + settings.max_new_tokens,
+            max_length=config.prompt.max_tokens + max(settings.max_new_tokens, config.evaluation.max_new_tokens or 0),
             dtype=dtype,
             memory_share=settings.memory_share,
             seed=config.seed,

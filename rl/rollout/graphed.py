@@ -11,7 +11,7 @@ from plumbline.kernels.decode import State, draw_tokens
 from plumbline.models.cache import PolicyCache
 from plumbline.models.policy import Policy
 from plumbline.rl.batch import Sampling
-from plumbline.rl.rollout.steps import DenseStep
+from plumbline.rl.rollout.steps import DenseStep, SparseStep
 
 # Rows of a captured step; a batch runs in the smallest that holds it.
 WIDTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -56,7 +56,7 @@ class Decoder:
             logprobs=zeros(slots + 1, limit, dtype=torch.float32),
             end_ids=torch.tensor(end_ids, device=device),
         )
-        self.step = DenseStep(policy)
+        self.step = SparseStep(policy) if policy.config.attention == "nsa" else DenseStep(policy)
         self.rows = {width: zeros(width) for width in WIDTHS if width < 2 * slots or width == WIDTHS[0]}
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.pool: Any = None  # the graphs' memory: one pool, since they run one after the other
@@ -80,15 +80,16 @@ class Decoder:
         self.rows[width].copy_(torch.tensor(filled))
         if self.policy.device.type != "cuda":
             for _ in range(steps):
-                self._step(width)
+                self.run(width)
             return
         graph = self.graphs.get(width) or self._capture(width)
         for _ in range(steps):
             graph.replay()
 
-    def _step(self, width: int) -> None:
+    def run(self, width: int) -> None:
+        """One step of the slots that rows[width] names, launched one kernel after the other."""
         slots, state = self.rows[width], self.state
-        logits = self.step(self.cache, slots, state.tokens[slots])
+        logits = self.step(self.cache, slots, state.tokens[slots]).contiguous()
         draw_tokens(logits, slots, state, temperature=self.temperature, limit=self.limit, advance=True)
 
     def _capture(self, width: int) -> torch.cuda.CUDAGraph:
@@ -99,11 +100,11 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._step(width)
+                self.run(width)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self._step(width)
+            self.run(width)
         self.pool = self.pool or graph.pool()
         self.graphs[width] = graph
         self.rows[width].copy_(real)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from plumbline.models.load import load_policy
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
+from plumbline.rl.blocks import BlockCodec
 from plumbline.rl.rollout import absolute_sum
 from plumbline.rl.rollout.sampler import draw, sequence_key
 
@@ -37,6 +39,8 @@ class _Sequence:
     key: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    # Of the prompt, then of each token: [n, layers, Hkv, count] from the codec's first position on.
+    blocks: list[Tensor] = field(default_factory=list)
 
 
 class NativeEngine:
@@ -71,9 +75,9 @@ class NativeEngine:
         self.slots = slots
         self.device = device
         self.version = 0
-        # NSA's decode plan asks the device for lengths, which a captured step cannot.
-        self.on_device = device.startswith("cuda") and self.policy.config.attention == "full"
+        self.on_device = device.startswith("cuda")
         self.decoder: Decoder | None = None
+        self.blocks = BlockCodec(self.policy.config) if self.policy.config.attention == "nsa" else None
 
     def load_weights(self, version: int, tensors: dict[str, Tensor]) -> None:
         """Copy new weights in place; ValueError if names or shapes are not exactly the policy's."""
@@ -113,11 +117,17 @@ class NativeEngine:
             prompts: non-empty token ids each.
             completions: how many of each prompt.
             sampling: see Sampling.
+
+        Raises:
+            ValueError: record_blocks with full attention.
         """
         if not prompts:
             return
-        # The device sampler has no top-p, which only evaluation asks for.
-        loop = self._generate_on_device if self.on_device and sampling.top_p == 1 else self._generate_step_by_step
+        if sampling.record_blocks and self.blocks is None:
+            raise ValueError("full attention chooses no blocks that could be recorded")
+        # The device sampler has no top-p, which only evaluation asks for, and keeps no blocks.
+        captured = self.on_device and sampling.top_p == 1 and not sampling.record_blocks
+        loop = self._generate_on_device if captured else self._generate_step_by_step
         yield from loop(prompts, completions, sampling)
 
     @torch.no_grad()
@@ -189,7 +199,10 @@ class NativeEngine:
             else:
                 advanced = list(running)
                 slot_tensor = torch.tensor(advanced, device=self.device)
-                logits = self.policy.decode(cache, slot_tensor, tokens[slot_tensor])
+                record = self.policy.new_record(len(advanced)) if sampling.record_blocks else None
+                logits = self.policy.decode(cache, slot_tensor, tokens[slot_tensor], record=record)
+                if record is not None:
+                    self._keep_blocks(record, [running[slot] for slot in advanced])
             slot_tensor = torch.tensor(advanced, device=self.device)
             keys = torch.tensor([running[slot].key for slot in advanced], device=self.device)
             positions = torch.tensor([len(running[slot].token_ids) for slot in advanced], device=self.device)
@@ -215,12 +228,20 @@ class NativeEngine:
         ended = sequence.token_ids[-1] in self.codec.end_ids
         group = done[sequence.prompt.index]
         text = self.codec.decode(sequence.token_ids)
-        group[sequence.number] = Completion(sequence.token_ids, sequence.logprobs, text, truncated=not ended)
+        blocks = self.blocks.pack(torch.cat(sequence.blocks)) if self.blocks and sequence.blocks else b""
+        group[sequence.number] = Completion(sequence.token_ids, sequence.logprobs, text, not ended, blocks)
         whole = [completion for completion in group if completion is not None]
         if len(whole) < len(group):
             return None
         del done[sequence.prompt.index]
         return Group(sequence.prompt, whole, self.version)
+
+    def _keep_blocks(self, record: Tensor, sequences: list[_Sequence]) -> None:
+        """Rows of a decode step, each the last drawn token of its sequence."""
+        assert self.blocks is not None
+        for row, sequence in zip(record, sequences, strict=True):
+            if len(sequence.prompt.token_ids) + len(sequence.token_ids) > self.blocks.first:
+                sequence.blocks.append(row[None])
 
     def _admit(
         self,
@@ -241,7 +262,12 @@ class NativeEngine:
         firsts = slot_ids[::completions]
         ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=self.device)
         ends = torch.tensor([0] + [len(prompt.token_ids) for prompt in prompts], device=self.device).cumsum(0).int()
-        logits = self.policy.prefill(cache, torch.tensor(firsts, device=self.device), ids, ends)
+        record = self.policy.new_record(len(ids)) if sampling.record_blocks else None
+        logits = self.policy.prefill(cache, torch.tensor(firsts, device=self.device), ids, ends, record=record)
+        if record is not None and self.blocks is not None:
+            for slot, (first, last) in zip(firsts, pairwise(ends.tolist()), strict=True):
+                for member in slot_ids[slot_ids.index(slot) :][:completions]:
+                    running[member].blocks = [record[first + self.blocks.first : last]]
         if completions > 1:
             rest = [slot for i, slot in enumerate(slot_ids) if i % completions]
             sources = [first for first in firsts for _ in range(completions - 1)]

@@ -1,4 +1,7 @@
-"""One decode step of a policy, written so that it reads nothing back from the device and can be captured in a CUDA graph."""
+"""Decode steps of a policy that read nothing back from the device, so that a CUDA graph can hold them.
+
+A step appends tokens [B] to slots [B] and returns logits [B, vocab]; whoever draws from them advances the cache's lengths.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,30 @@ class DenseStep:
             normed = decode.add_rms_norm(x, delta, after.weight, after.eps)
             delta = layer.mlp.down_proj(decode.silu_mul(F.linear(normed, both_weight)))
         return self.policy.lm_head(decode.add_rms_norm(x, delta, model.norm.weight, model.norm.eps))
+
+
+class SparseStep:
+    """Native Sparse Attention: the policy's own layers, with a plan that any lengths fit.
+
+    On CUDA the four kernels of kernels/nsa/triton_backend/decode.py read lengths on the device. The PyTorch definition asks
+    which rows complete a compression block, so on a CPU only the kernels (in Triton's interpreter) are of fixed shape.
+
+    Args:
+        policy: on the device it will run on, in the dtype it will run in.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def __call__(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
+        model = self.policy.model
+        plan = cache.fixed_plan(slots)
+        x = model.embed_tokens(tokens)
+        cos, sin = model.rope(plan.position, x.dtype)
+        layer: Any
+        for layer, store in zip(model.layers, cache.layers, strict=True):
+            x = layer.step(x, cos, sin, store, plan)
+        return self.policy.lm_head(model.norm(x))
 
 
 def _joined(linears: list[nn.Linear], name: str) -> Tensor | None:

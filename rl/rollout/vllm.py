@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from plumbline.errors import InputError
-from plumbline.models.load import policy_config, policy_folder
+from plumbline.models.config import PolicyConfig
+from plumbline.models.load import TOKENIZER_FILES, policy_config, policy_folder
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
 from plumbline.rl.rollout import absolute_sum
+from plumbline.rl.rollout.sampler import sequence_key
 
 if TYPE_CHECKING:
     from plumbline.rl.text import Codec
 
 
 class VLLMEngine:
-    """Answers prompts with vLLM. Draws come from the engine's own generator: a resumed run sees other completions.
+    """Answers prompts with vLLM. Every completion draws from a generator of its own, whose seed names it.
 
     Args:
         path: see load_policy; the folder that vLLM reads.
@@ -29,8 +32,8 @@ class VLLMEngine:
         slots: sequences decoded at once.
         max_length: tokens of a prompt and its completion.
         dtype: of weights and cache.
-        memory_share: of the GPU that vLLM may take.
-        seed: of its generator.
+        memory_share: of the GPU's memory that vLLM may take; without a GPU, of the free memory that its cache may.
+        seed: of what draws without one of its own.
         sleeps: the GPU is shared with the learner, so sleep() and wake() must give memory back.
 
     Raises:
@@ -52,6 +55,7 @@ class VLLMEngine:
     ) -> None:
         # In this process, so that new weights are handed over by reference and not through a socket.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             from vllm import LLM
         except ImportError:
@@ -64,9 +68,20 @@ class VLLMEngine:
                 "(`plumbline convert`), or use rollout.engine native"
             )
         self.codec, self.version, self.sleeps = codec, 0, sleeps
-        settings: dict[str, Any] = {"gpu_memory_utilization": memory_share} if torch.cuda.is_available() else {}
+        config, folder = policy_config(path), policy_folder(path)
+        if torch.cuda.is_available():
+            device: dict[str, Any] = {"gpu_memory_utilization": memory_share}
+        else:
+            # vLLM would set a share of the whole machine's memory aside, and compile its own models at every start.
+            free = int(psutil.virtual_memory().available * memory_share)
+            device = {
+                "kv_cache_memory_bytes": min(free, cache_bytes(config, slots, max_length, dtype)),
+                "enforce_eager": True,
+            }
         self.llm = LLM(
-            model=str(policy_folder(path)),
+            model=str(folder),
+            # Token ids go in and come out. vLLM warms a tokenizer up all the same, and says loudly if there is none.
+            skip_tokenizer_init=not any((folder / name).exists() for name in TOKENIZER_FILES),
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=max_length,
             max_num_seqs=slots,
@@ -76,16 +91,19 @@ class VLLMEngine:
             enable_sleep_mode=sleeps,
             disable_log_stats=True,
             seed=seed,
-            **settings,
+            **device,
         )
 
     def load_weights(self, version: int, tensors: dict[str, Tensor]) -> None:
         """All new weights in one call; cached prefixes of the old ones are dropped.
 
-        Raises ValueError when a name is unknown to vLLM's model.
+        Raises:
+            ValueError: a name or shape that vLLM's model does not have.
+            RuntimeError: requests are under way, whose cached keys the old weights made.
         """
-        self.llm.collective_rpc(_load, args=(list(tensors.items()),))
-        self.llm.reset_prefix_cache()
+        self.llm.collective_rpc(_load, args=(tensors,))
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, made by the old weights: a request is still under way")
         self.version = version
 
     def checksum(self) -> float:
@@ -102,31 +120,51 @@ class VLLMEngine:
             self.llm.wake_up()
 
     def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
-        """Yield each prompt's group once its last completion has ended. See NativeEngine.generate."""
+        """Yield each prompt's group once its last completion has ended. See NativeEngine.generate.
+
+        With top_p below 1 the log-probabilities are those of the cut distribution. What is left when the caller stops
+        asking is aborted.
+        """
+        engine = self.llm.llm_engine
+        # Greedy completions of a prompt are all the same, and vLLM answers only one.
+        drawn = completions if sampling.temperature > 0 else 1
+        waiting: dict[str, Prompt] = {}
+        try:
+            for prompt in prompts:
+                name = f"{self.version}-{prompt.index}"
+                waiting[name] = prompt
+                parameters = self._parameters(prompt, drawn, sampling)
+                engine.add_request(name, {"prompt_token_ids": prompt.token_ids}, parameters)
+            while waiting:
+                for output in engine.step():
+                    if not output.finished:
+                        continue
+                    prompt = waiting.pop(output.request_id)
+                    answers = [self._completion(a) for a in sorted(output.outputs, key=lambda answer: answer.index)]
+                    answers += [replace(answers[0]) for _ in range(completions - drawn)]
+                    yield Group(prompt, answers, self.version)
+        finally:
+            if waiting:
+                engine.abort_request(list(waiting))
+
+    def _parameters(self, prompt: Prompt, completions: int, sampling: Sampling) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(
+        return SamplingParams(
             n=completions,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
+            # Completion i of the prompt draws from seed + i, so the key must leave room for them in 63 bits.
+            seed=sequence_key(sampling.seed, prompt, 0) >> 2 if sampling.temperature > 0 else None,
             logprobs=0,
+            # The codec alone says what ends a completion; vLLM would add what the folder's generation_config.json names.
+            ignore_eos=True,
             stop_token_ids=sorted(self.codec.end_ids),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        engine = self.llm.llm_engine
-        waiting = {f"{self.version}-{prompt.index}": prompt for prompt in prompts}
-        for name, prompt in waiting.items():
-            engine.add_request(name, {"prompt_token_ids": prompt.token_ids}, parameters)
-        while waiting:
-            for output in engine.step():
-                if not output.finished:
-                    continue
-                prompt = waiting.pop(output.request_id)
-                answers = sorted(output.outputs, key=lambda answer: answer.index)
-                yield Group(prompt, [self._completion(answer) for answer in answers], self.version)
 
     def _completion(self, answer: Any) -> Completion:
         token_ids = list(answer.token_ids)
@@ -134,19 +172,25 @@ class VLLMEngine:
         return Completion(token_ids, logprobs, self.codec.decode(token_ids), answer.finish_reason == "length")
 
 
-def _load(worker: Any, tensors: list[tuple[str, Tensor]]) -> None:
-    """Runs in vLLM's worker."""
+def cache_bytes(config: PolicyConfig, slots: int, max_length: int, dtype: torch.dtype) -> int:
+    """Room for every slot at full length, in vLLM's pages of 128 tokens on a CPU. Sparse attention keeps three branches."""
+    page = 128
+    branches = 3 if config.attention == "nsa" else 1
+    tokens = branches * (-(-max_length // page) + 2) * page
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return (slots + 1) * tokens * a_token
+
+
+def _load(worker: Any, tensors: dict[str, Tensor]) -> None:
+    """Runs in vLLM's worker. reload_weights undoes and repeats what vLLM did to the first weights after loading them."""
+    from plumbline.models.vllm.model import ServedPolicy
+
     runner = worker.model_runner
-    device = next(runner.get_model().parameters()).device
-    names = {name for name, _ in tensors}
-    weights = ((name, tensor.to(device)) for name, tensor in tensors)
-    if "weights_iterator" in inspect.signature(runner.reload_weights).parameters:
-        # Undoes and repeats what vLLM did to the first weights after loading (packing for the CPU, for instance).
-        runner.reload_weights(weights_iterator=weights)
-        return
-    loaded = runner.get_model().load_weights(weights)
-    if loaded is not None and not loaded:
-        raise ValueError(f"vLLM's model took none of {len(names)} tensors, first {min(names)}")
+    model = runner.get_model()
+    if isinstance(model, ServedPolicy):
+        model.refuse_others(tensors)
+    device = next(model.parameters()).device
+    runner.reload_weights(weights_iterator=((name, tensor.to(device)) for name, tensor in tensors.items()))
 
 
 def _absolute_sum(model: nn.Module) -> float:

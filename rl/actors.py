@@ -60,7 +60,9 @@ class RolloutWorker(_Actor):
         device = pick_device(config.policy.device)
         codec = Codec(path, overrides=config.prompt)
         attention = config.policy.attention if policy_path is None else None
-        self.__dict__.pop("engine", None)  # an earlier run's weights and cache must be gone before the next are made
+        # An earlier run's weights and cache must be gone before the next are made; a generator holds them too.
+        self.__dict__.pop("under_way", None)
+        self.__dict__.pop("engine", None)
         self.engine = make_engine(config, path, attention, codec, device)
         return device
 
@@ -78,8 +80,30 @@ class RolloutWorker(_Actor):
         return self.engine.checksum()
 
     @ray.method(num_returns="streaming")
-    def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
-        yield from watch_rollout(self.engine.generate(prompts, completions, sampling), len(prompts))
+    def generate(
+        self, prompts: list[Prompt], completions: int, sampling: Sampling, slice_seconds: float | None = None
+    ) -> Iterator[Group]:
+        """Groups as they are finished: all of them, or those of about slice_seconds. `go_on` then goes on, and calls
+        that came in meanwhile have been answered: new weights reach completions under way."""
+        if slice_seconds is None:
+            yield from watch_rollout(self.engine.generate(prompts, completions, sampling), len(prompts))
+            return
+        parts = self.engine.generate_in_parts(prompts, completions, sampling)
+        self.under_way = watch_rollout(parts, len(prompts))
+        yield from self._slice(slice_seconds)
+
+    @ray.method(num_returns="streaming")
+    def go_on(self, slice_seconds: float) -> Iterator[Group]:
+        """More groups of the last `generate`."""
+        yield from self._slice(slice_seconds)
+
+    def _slice(self, seconds: float) -> Iterator[Group]:
+        end = time.monotonic() + seconds
+        for group in self.under_way:
+            if group is not None:
+                yield group
+            elif time.monotonic() > end:
+                return
 
 
 @ray.remote

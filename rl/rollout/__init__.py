@@ -22,6 +22,10 @@ class RolloutEngine(Protocol):
         """Each prompt's group, token ids with log-probabilities, as it is finished."""
         ...
 
+    def generate_in_parts(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group | None]:
+        """As `generate`, with None in between whenever new weights may be loaded. The native engine's alone."""
+        ...
+
     def load_weights(self, version: int, tensors: dict[str, Tensor]) -> None:
         """All of the policy's tensors at once."""
         ...

@@ -78,7 +78,7 @@ def tree(policy_path, output, **changes):
             "checking": {"share": 0.5, "credit": None, "stop": False, "quarantine": []},
         },
         "checkpoint": {"every_steps": 1, "keep": 3},
-        "ray": {"dashboard": False, "replacements_per_step": 2},
+        "ray": {"dashboard": False, "replacements_per_step": 2, "start_timeout_seconds": 400},
     }
     for dotted, value in changes.items():
         section, _, name = dotted.partition("__")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
@@ -19,6 +20,9 @@ from plumbline.rl.config import RunConfig
 from plumbline.rl.faults import Place, own_place
 from plumbline.rl.files import disk_refusal
 from plumbline.rl.monitoring.publish import actor_name, watch_grading, watch_rollout, watch_update
+
+if TYPE_CHECKING:
+    from plumbline.rl.rollout import CarryingEngine
 
 
 def _set_up(threads: int | None) -> None:
@@ -85,10 +89,11 @@ class RolloutWorker(_Actor):
     ) -> Iterator[Group]:
         """Groups as they are finished: all of them, or those of about slice_seconds. `go_on` then goes on, and calls
         that came in meanwhile have been answered: new weights reach completions under way."""
+        parts: Iterator[Group | None]
         if slice_seconds is None:
-            yield from watch_rollout(self.engine.generate(prompts, completions, sampling), len(prompts))
-            return
-        parts = self.engine.generate_in_parts(prompts, completions, sampling)
+            parts = self.engine.generate(prompts, completions, sampling)
+        else:
+            parts = cast("CarryingEngine", self.engine).generate_in_parts(prompts, completions, sampling)
         self.under_way = watch_rollout(parts, len(prompts))
         yield from self._slice(slice_seconds)
 
@@ -97,8 +102,8 @@ class RolloutWorker(_Actor):
         """More groups of the last `generate`."""
         yield from self._slice(slice_seconds)
 
-    def _slice(self, seconds: float) -> Iterator[Group]:
-        end = time.monotonic() + seconds
+    def _slice(self, seconds: float | None) -> Iterator[Group]:
+        end = math.inf if seconds is None else time.monotonic() + seconds
         for group in self.under_way:
             if group is not None:
                 yield group

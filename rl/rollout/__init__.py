@@ -22,10 +22,6 @@ class RolloutEngine(Protocol):
         """Each prompt's group, token ids with log-probabilities, as it is finished."""
         ...
 
-    def generate_in_parts(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group | None]:
-        """As `generate`, with None in between whenever new weights may be loaded. The native engine's alone."""
-        ...
-
     def load_weights(self, version: int, tensors: dict[str, Tensor]) -> None:
         """All of the policy's tensors at once."""
         ...
@@ -39,6 +35,14 @@ class RolloutEngine(Protocol):
         ...
 
     def wake(self) -> None: ...
+
+
+class CarryingEngine(RolloutEngine, Protocol):
+    """One that takes new weights while completions are under way: the native engine."""
+
+    def generate_in_parts(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group | None]:
+        """As `generate`, with None in between whenever new weights may be loaded."""
+        ...
 
 
 def absolute_sum(tensors: Iterable[Tensor]) -> float:

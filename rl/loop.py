@@ -75,7 +75,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
         return checkpoints.save(step, state, roles.save)
 
     newest = saved[0] if saved is not None else None
-    with Telemetry(config, start, console) as telemetry, Ahead(collector, config, start) as ahead:
+    with history, Telemetry(config, start, console) as telemetry, Ahead(collector, config, start) as ahead:
         for step in range(start + 1, config.steps + 1):
             clock = time.monotonic()
             roles.clock.lap()
@@ -98,6 +98,5 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             if config.checkpoint_due(step):
                 newest = checkpoint(step)
             checking.enforce()
-    history.close()
     assert newest is not None  # a checkpoint is written at the last step, or was resumed from
     return TrainingResult(newest / "policy", config.steps, history.offset, time.monotonic() - began)

@@ -282,24 +282,29 @@ needs_a_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason=
 
 
 @needs_a_full_device
-@pytest.mark.parametrize("victim", ["completions/step-000002.jsonl.new", "history/tiny/000002.arrows"])
-def test_a_full_disk_stops_the_run_with_the_name_of_the_file(
-    victim, straight, roles, policy_path, tmp_path, monkeypatch
-):
+def test_completions_that_the_disk_refuses_stop_the_run(straight, roles, policy_path, tmp_path, monkeypatch):
     cfg = config(policy_path, tmp_path)
-    path = cfg.folder / victim
+    path = cfg.folder / "completions" / "step-000002.jsonl.new"
+    match = rf"{re.escape(str(path))}: No space left on device; --resume goes on from .*step-000001"
+    with (
+        at_step(monkeypatch, 2, lambda: path.symlink_to("/dev/full")),
+        pytest.raises(RunStopped, match=match),
+        resumable(cfg.folder),
+    ):
+        run(cfg, roles)
+    path.unlink()
+    same(straight, cfg, run(cfg, roles, resume=True))
 
-    def fill():
-        if path.suffix == ".arrows":  # the segment that the resumed run begins
-            assert not path.exists()
-        path.symlink_to("/dev/full")
 
-    run(cfg.model_copy(update={"steps": 1}), roles)
-    name = re.escape(str(path if "history" not in victim else path.parent))
-    match = rf"{name}: No space left on device; --resume goes on from .*step-000001"
-    with at_step(monkeypatch, 2, fill), pytest.raises(RunStopped, match=match), resumable(cfg.folder):
-        run(cfg, roles, resume=True)
-    path.unlink(missing_ok=True)
+def test_a_history_that_the_disk_refuses_stops_the_run(straight, roles, policy_path, tmp_path, monkeypatch):
+    cfg = config(policy_path, tmp_path)
+    with (
+        contextlib.ExitStack() as limit,
+        at_step(monkeypatch, 2, lambda: limit.enter_context(file_size_limit(os.getpid(), 1))),
+        pytest.raises(RunStopped, match=r"File too large; --resume goes on from .*step-000001"),
+        resumable(cfg.folder),
+    ):
+        run(cfg, roles)
     same(straight, cfg, run(cfg, roles, resume=True))
 
 

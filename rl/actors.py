@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
@@ -18,6 +19,9 @@ from plumbline.rl.config import RunConfig
 from plumbline.rl.faults import Place, own_place
 from plumbline.rl.files import disk_refusal
 from plumbline.rl.monitoring.publish import actor_name, watch_grading, watch_rollout, watch_update
+
+if TYPE_CHECKING:
+    from plumbline.rl.rollout import CarryingEngine
 
 
 def _set_up(threads: int | None) -> None:
@@ -61,7 +65,9 @@ class RolloutWorker(_Actor):
         device = pick_device(config.policy.device)
         codec = Codec(path, overrides=config.prompt)
         attention = config.policy.attention if policy_path is None else None
-        self.__dict__.pop("engine", None)  # an earlier run's weights and cache must be gone before the next are made
+        # An earlier run's weights and cache must be gone before the next are made; a generator holds them too.
+        self.__dict__.pop("under_way", None)
+        self.__dict__.pop("engine", None)
         self.engine = make_engine(config, path, attention, codec, device)
         return device
 
@@ -79,8 +85,31 @@ class RolloutWorker(_Actor):
         return self.engine.checksum()
 
     @ray.method(num_returns="streaming")
-    def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
-        yield from watch_rollout(self.engine.generate(prompts, completions, sampling), len(prompts))
+    def generate(
+        self, prompts: list[Prompt], completions: int, sampling: Sampling, slice_seconds: float | None = None
+    ) -> Iterator[Group]:
+        """Groups as they are finished: all of them, or those of about slice_seconds. `go_on` then goes on, and calls
+        that came in meanwhile have been answered: new weights reach completions under way."""
+        parts: Iterator[Group | None]
+        if slice_seconds is None:
+            parts = self.engine.generate(prompts, completions, sampling)
+        else:
+            parts = cast("CarryingEngine", self.engine).generate_in_parts(prompts, completions, sampling)
+        self.under_way = watch_rollout(parts, len(prompts))
+        yield from self._slice(slice_seconds)
+
+    @ray.method(num_returns="streaming")
+    def go_on(self, slice_seconds: float) -> Iterator[Group]:
+        """More groups of the last `generate`."""
+        yield from self._slice(slice_seconds)
+
+    def _slice(self, seconds: float | None) -> Iterator[Group]:
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        for group in self.under_way:
+            if group is not None:
+                yield group
+            elif time.monotonic() > end:
+                return
 
 
 @ray.remote

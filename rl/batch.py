@@ -60,6 +60,8 @@ class Completion:
         truncated: no end token within max_new_tokens.
         blocks: with Sampling.record_blocks, what sparse attention chose for the prompt's tokens and the completion's but
             the last (rl/blocks.py).
+        versions: [index of a token, version of the policy that drew it and those after it], in order; more than one when
+            new weights came while it was under way.
     """
 
     token_ids: list[int]
@@ -67,11 +69,15 @@ class Completion:
     text: str
     truncated: bool
     blocks: bytes = b""
+    versions: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
 class Group:
-    """All completions of one prompt, then their verdicts and rewards (parallel lists)."""
+    """All completions of one prompt, then their verdicts and rewards (parallel lists).
+
+    `policy_version` is that of the oldest token.
+    """
 
     prompt: Prompt
     completions: list[Completion]

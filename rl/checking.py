@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -15,9 +16,12 @@ from plumbline.rl.batch import Group
 from plumbline.rl.config import RunConfig
 from plumbline.rl.pool import Pool
 from plumbline.rl.records import completion_rows
-from plumbline.selection.samplers import Sampler
 
 REPORT_EVERY = 10
+
+
+class LeavesOut(Protocol):
+    def leave_out(self, sample_ids: Iterable[str]) -> None: ...
 
 
 class WorkersOpinion:
@@ -48,11 +52,11 @@ class CheckingStage:
     Args:
         config: the run's; reward.checking decides. With a share of 0 the stage does nothing.
         workers: reward actors.
-        sampler: told which samples to leave out.
+        sampler: told which samples to leave out (a Sampler, or the Collector that owns one).
         console: warnings go here, each once.
     """
 
-    def __init__(self, config: RunConfig, workers: Pool, sampler: Sampler, console: Console) -> None:
+    def __init__(self, config: RunConfig, workers: Pool, sampler: LeavesOut, console: Console) -> None:
         settings = config.reward.checking
         self.folder, self.last_step, self.stops = Path(config.folder), config.steps, settings.stop
         self.sampler, self.console = sampler, console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import ray
 from plumbline.errors import InputError, RunStopped
 from plumbline.rl.actors import LearnerWorker, RewardWorker, RolloutWorker
 from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
+from plumbline.rl.clock import WorkClock
 from plumbline.rl.config import RunConfig
 from plumbline.rl.connect import start_ray
 from plumbline.rl.exchange import Exchange
@@ -36,6 +38,9 @@ class Roles:
     # What a rollout worker holds: the policy it began with, then the weights that the learner published last.
     begun: tuple[RunConfig, str | None] | None = None
     published: dict[str, Any] | None = None
+    clock: WorkClock = field(init=False)
+    # Set: exchanges under way are to end.
+    stop: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def start(cls, config: RunConfig, *, learner: bool = True) -> Roles:
@@ -68,6 +73,8 @@ class Roles:
         roles.reward = Pool("reward", reward.workers, make_reward, limit, most)
         roles.learners = Pool("learner", settings.workers if learner else 0, make_learner, limit)
         roles.rollout.prepare = roles._prepare
+        pools = (roles.rollout, roles.reward, roles.learners)
+        roles.clock = WorkClock({pool.role: len(pool) for pool in pools})
         try:
             roles._await_places()
             if learner:
@@ -113,9 +120,21 @@ class Roles:
 
     def update(self, batch: TrainingBatch) -> Callable[[], dict[str, float]]:
         """Start one training step of the learner; call what is returned for its metrics."""
-        calls = self._learn("update", (ray.put(batch),))
         limit = ("learner.update_timeout_seconds", self.config.learner.update_timeout_seconds)
-        return lambda: gather(calls, limit, "the learner's update")[0]
+        self._learners_work(self.clock.begin)
+        calls = self._learn("update", (ray.put(batch),))
+
+        def metrics() -> dict[str, float]:
+            try:
+                return gather(calls, limit, "the learner's update")[0]
+            finally:
+                self._learners_work(self.clock.end)
+
+        return metrics
+
+    def _learners_work(self, change: Callable[[str, int], None]) -> None:
+        for number in range(len(self.learners)):
+            change("learner", number)
 
     def load(self, folder: Path) -> None:
         """Learner's state from a checkpoint."""
@@ -139,7 +158,11 @@ class Roles:
 
     def sync(self) -> int:
         """Learner's weights to every rollout worker; checks that they arrived whole. Returns their version."""
-        published = gather(self._learn("publish", ()), self._transfer(), "publishing the learner's weights")[0]
+        self._learners_work(self.clock.begin)
+        try:
+            published = gather(self._learn("publish", ()), self._transfer(), "publishing the learner's weights")[0]
+        finally:
+            self._learners_work(self.clock.end)
         with self.rollout.lock:
             self.published = published
             calls = [
@@ -171,9 +194,15 @@ class Roles:
         if self.published is not None:
             self._check_weights(self._give_weights(handle, place))
 
+    @property
+    def replaced(self) -> int:
+        """Rollout and reward workers that were replaced since the start."""
+        return self.rollout.replaced + self.reward.replaced
+
     def graded_groups(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
         """Generate and grade; see Exchange.run."""
-        return Exchange(self.config, self.rollout, self.reward).run(prompts, completions, sampling)
+        exchange = Exchange(self.config, self.rollout, self.reward, self.clock, self.stop.is_set)
+        return exchange.run(prompts, completions, sampling)
 
     def close(self) -> None:
         """Stop grading processes and, if this run started it, Ray."""

@@ -92,6 +92,12 @@ class RolloutSection(Section):
         description="The learner divides logits by the same temperature. top-p/top-k do not exist in training: they bias the ratio.",
     )
     slots: PositiveInt = Field(256, description="Sequences decoded at once by a worker (cache slots).")
+    max_staleness_steps: int = Field(
+        0,
+        ge=0,
+        description="Rollout goes on while the learner learns: a completion's oldest token comes from weights at most so many "
+        "updates older than those that learn from it. 0: they take turns, and runs repeat bitwise.",
+    )
     timeout_seconds: float = Field(3600, gt=0, description="A step whose rollout takes longer is an error.")
     replay_blocks: bool = Field(
         False,
@@ -141,8 +147,8 @@ class RewardSection(Section):
     group_timeout_seconds: float | None = Field(
         None,
         gt=0,
-        description="A worker that grades one group for longer (a `shaping` of yours that hangs) is replaced, and the group's "
-        "verdicts are `timeout`; None: a minute more than twice what its answers may take.",
+        description="A worker that grades one group for longer (a `shaping` of yours that hangs) is replaced; if the next one hangs on "
+        "it too, its verdicts are `timeout`. None: a minute more than twice what its answers may take.",
     )
     shaping: str = Field(
         "binary",
@@ -408,6 +414,11 @@ class RunConfig(Section):
     def overlong_buffer_tokens(self) -> int:
         return self.reward.overlong_buffer_tokens or max(1, self.rollout.max_new_tokens // 5)
 
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step."""
+        every = self.checkpoint.every_steps
+        return step == self.steps or bool(every and step % every == 0)
+
     @field_validator("output")
     @classmethod
     def _not_blank(cls, value: str | None) -> str | None:
@@ -430,6 +441,16 @@ class RunConfig(Section):
         if self.rollout.replay_blocks and self.rollout.engine != "native":
             raise ValueError(
                 "rollout.replay_blocks needs rollout.engine native: vLLM does not say which blocks it chose"
+            )
+        if self.rollout.replay_blocks and self.rollout.max_staleness_steps:
+            raise ValueError(
+                "rollout.replay_blocks needs rollout.max_staleness_steps 0: completions that new weights carry on are read "
+                "again, and the blocks chosen for them change"
+            )
+        if self.rollout.max_staleness_steps and self.rollout.engine != "native":
+            raise ValueError(
+                f"rollout.max_staleness_steps ({self.rollout.max_staleness_steps}) needs rollout.engine native: "
+                "new weights must reach completions under way"
             )
         algorithm = self.algorithm
         if algorithm.correction.low > algorithm.correction.high:

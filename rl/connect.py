@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from ray._private import ray_constants
 from ray.job_config import JobConfig
 
 from plumbline.rl.config import RunConfig
-from plumbline.rl.faults import DeadlinePassed
+from plumbline.rl.faults import DeadlinePassed, RoleFailed, first_line
 from plumbline.rl.monitoring.job import job_metadata, show_on_job_page
 
 # Ray retries much of what fails; an alarm that one of its retries swallowed rings again.
@@ -24,6 +25,8 @@ RING_AGAIN_SECONDS = 5.0
 # An alarm cannot interrupt Ray's own library, whose attempts to reach a cluster block for about 40 seconds each. Whoever
 # waits for this process must not wait for ever, so it ends when the alarm has gone unheard for so long.
 LAST_RESORT_SECONDS = 120.0
+# What Ray gives a node to come up.
+RAYLET_SECONDS = 30.0
 
 
 def start_ray(config: RunConfig) -> bool:
@@ -37,6 +40,8 @@ def start_ray(config: RunConfig) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray lowers its workers' priority by 15; here the workers are the work.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # On a busy machine Ray's own helpers come up slowly, and a node ends itself when they do not within half a minute.
+    os.environ.setdefault("RAY_agent_register_timeout_ms", str(int(config.ray.start_timeout_seconds * 1000)))
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     metadata = job_metadata(config.name, config.folder)
     common: dict[str, Any] = {
@@ -47,22 +52,36 @@ def start_ray(config: RunConfig) -> bool:
     seconds = config.ray.start_timeout_seconds
     if address:
         with alarm(seconds, f"the Ray cluster at {address} did not answer"):
-            ray.init(address=address, **common)
+            try:
+                ray.init(address=address, **common)
+            except (ConnectionError, RuntimeError) as error:
+                raise RoleFailed(f"the Ray cluster at {address} cannot be reached: {first_line(error)}") from error
             trouble = show_on_job_page(metadata)
         if trouble:
             logging.getLogger(__name__).warning(trouble)
         return True
     # Whoever can reach a Ray cluster can run code in it. Ray asks for the token in ~/.ray/auth_token unless RAY_AUTH_MODE
     # says otherwise, which is left to the user.
+    local: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, _booked_cpus(config)), "dashboard_host": "127.0.0.1"}
     with on_loopback(), alarm(seconds, "a local Ray cluster did not come up"):
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, _booked_cpus(config)),
-            include_dashboard=config.ray.dashboard,
-            dashboard_host="127.0.0.1",
-            **common,
-        )
+        _start_local(time.monotonic() + seconds, include_dashboard=config.ray.dashboard, **local, **common)
     return True
+
+
+def _start_local(deadline: float, **settings: Any) -> None:
+    """Start a local cluster, once more if it did not come up and there is time.
+
+    Ray gives its own processes 30 seconds whatever the machine is busy with, and then raises a plain Exception.
+    """
+    while True:
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if time.monotonic() > deadline - RAYLET_SECONDS:
+                raise RoleFailed(f"Ray did not start: {first_line(error)}") from error
+            logging.getLogger(__name__).warning("Ray did not start, trying again: %s", first_line(error))
 
 
 class _Rung(BaseException):

@@ -11,15 +11,18 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from plumbline.rl.batch import Group, Prompt, Sampling
+from plumbline.rl.clock import WorkClock
 from plumbline.rl.config import RunConfig
 from plumbline.rl.faults import DeadlinePassed, RoleFailed, tell, user_error
 from plumbline.rl.monitoring.publish import publish_grading_queue
 from plumbline.rl.pool import Pool
 
-# Ends of graded groups are looked for at least so often.
-LOOK_SECONDS = 1.0
-# A group with which so many reward workers died is not tried again.
-FATAL_ATTEMPTS = 2
+# Overdue groups, and the end of the run, are looked for at least so often.
+LOOK_SECONDS = 0.5
+# In a run whose rollout goes on while the learner learns, new weights wait for a worker at most about so long.
+SLICE_SECONDS = 0.1
+# A group that so many reward workers died of, or hung on, is not tried again.
+MOST_LOSSES = 2
 
 
 @dataclass
@@ -38,7 +41,11 @@ class _Grading:
     group: Group
     number: int
     handle: Any
-    deaths: int = 0
+    losses: int = 0
+
+
+class Interrupted(Exception):
+    """The run ended while the exchange was under way."""
 
 
 @dataclass
@@ -52,12 +59,14 @@ class Exchange:
     Args:
         config: the run's.
         rollout, reward: the workers.
+        clock: told which of them have work.
         stopped: looked at now and then; True ends the exchange.
     """
 
     config: RunConfig
     rollout: Pool
     reward: Pool
+    clock: WorkClock
     stopped: Callable[[], bool] = lambda: False
     streams: dict[Any, _Share] = field(default_factory=dict)
     grading: dict[Any, _Grading] = field(default_factory=dict)
@@ -69,15 +78,28 @@ class Exchange:
 
         Raises:
             DeadlinePassed: after rollout.timeout_seconds.
+            Interrupted: `stopped` says so.
             RoleFailed: workers die, or raise, again and again.
         """
-        self.request = (completions, sampling)
+        slices = SLICE_SECONDS if self.config.rollout.max_staleness_steps else None
+        self.request = (completions, sampling, slices)
+        try:
+            yield from self._run(prompts)
+        finally:
+            for share in self.streams.values():
+                self.clock.end("rollout", share.number)
+            for entry in self.grading.values():
+                self.clock.end("reward", entry.number)
+
+    def _run(self, prompts: list[Prompt]) -> Iterator[Group]:
         limit = self.config.rollout.timeout_seconds
         deadline = time.monotonic() + limit
         owed = {prompt.index: prompt for prompt in prompts}
         for number in range(len(self.rollout)):
             self._generate(number, {prompt.index: prompt for prompt in prompts[number :: len(self.rollout)]})
-        while owed and not self.stopped():
+        while owed:
+            if self.stopped():
+                raise Interrupted
             left = deadline - time.monotonic()
             if left <= 0:
                 raise DeadlinePassed(
@@ -103,6 +125,7 @@ class Exchange:
             handle = self.rollout[number]
             stream = handle.generate.remote(list(prompts.values()), *self.request)
             self.streams[stream] = _Share(number, handle, prompts)
+            self.clock.begin("rollout", number)
 
     def _generated(self, stream: Any) -> None:
         """Take one group from a rollout worker, or give its prompts to another that takes its place."""
@@ -111,11 +134,16 @@ class Exchange:
             group = ray.get(next(stream))
         except StopIteration:
             del self.streams[stream]
+            if share.prompts and self.request[2] is not None:
+                self.streams[share.handle.go_on.remote(self.request[2])] = share
+                return
+            self.clock.end("rollout", share.number)
             if share.prompts:
                 place = self.rollout.places[share.number]
                 raise RoleFailed(f"{place.name} ended without an answer to {len(share.prompts)} prompts") from None
         except RayError as error:
             del self.streams[stream]
+            self.clock.end("rollout", share.number)
             self.rollout.replace(share.number, share.handle, error)
             self._generate(share.number, share.prompts)
         else:
@@ -128,6 +156,7 @@ class Exchange:
         if not any(other.number == entry.number for other in self.grading.values()):
             self.under_way_since[entry.number] = time.monotonic()
         self.grading[entry.handle.grade.remote(entry.group)] = entry
+        self.clock.begin("reward", entry.number)
 
     def _graded(self, reference: Any) -> list[Group]:
         """The group, graded; or, when its reward worker died, none until another has graded it."""
@@ -140,36 +169,42 @@ class Exchange:
                     f"grading sample {entry.group.prompt.sample_id!r} with reward.shaping {self.config.reward.shaping}: "
                     f"{tell(error, self.reward.places[entry.number])}"
                 ) from error
-            return self._another_reward_worker(entry, error, overdue=False)
+            return self._another_reward_worker(entry, error, "error")
         del self.grading[reference]
+        self.clock.end("reward", entry.number)
         self.under_way_since[entry.number] = time.monotonic()
         return [group]
 
     def _end_overdue(self) -> list[Group]:
-        """Groups that a reward worker was still busy with after reward.group_timeout_seconds, and the worker's end."""
+        """Replace reward workers that were busy with one group for longer than reward.group_timeout_seconds; groups that
+        have their verdict by that."""
         limit = self.config.reward.group_limit_seconds(self.request[0])
         finished: list[Group] = []
-        firsts = {entry.number: entry for entry in reversed(self.grading.values())}
-        for number, entry in firsts.items():
-            if time.monotonic() - self.under_way_since[number] > limit:
-                what = f"sample {entry.group.prompt.sample_id!r} was not graded within reward.group_timeout_seconds = {limit:g}"
-                name = self.reward.places[number].name
-                finished += self._another_reward_worker(entry, f"{name} hangs: {what}", overdue=True)
+        firsts = {entry.number: reference for reference, entry in reversed(self.grading.items())}
+        for number, reference in firsts.items():
+            if time.monotonic() - self.under_way_since[number] <= limit or ray.wait([reference], timeout=0)[0]:
+                continue
+            entry = self.grading[reference]
+            what = (
+                f"did not grade sample {entry.group.prompt.sample_id!r} within reward.group_timeout_seconds = {limit:g}"
+            )
+            finished += self._another_reward_worker(entry, f"{self.reward.places[number].name} {what}", "timeout")
         return finished
 
-    def _another_reward_worker(self, entry: _Grading, error: RayError | str, *, overdue: bool) -> list[Group]:
-        """Replace entry's worker and send what it had to the new one. The group it was busy with goes last, or gets a
-        verdict now: `timeout` when it is overdue, `error` when it is not the first worker that died of it."""
+    def _another_reward_worker(self, entry: _Grading, error: RayError | str, verdict: str) -> list[Group]:
+        """Replace entry's worker and send what it had to the new one. The group it was busy with goes last, and gets its
+        verdict when this is not the first worker that was lost with it."""
         had = {ref: other for ref, other in self.grading.items() if other.handle is entry.handle}
         for reference in had:
             del self.grading[reference]
+            self.clock.end("reward", entry.number)
         busy, *others = had.values()
         self.reward.replace(entry.number, entry.handle, error)
-        busy.deaths += 1
+        busy.losses += 1
         for other in others:
             self._grade(other)
-        if overdue or busy.deaths >= FATAL_ATTEMPTS:
-            return [ungraded(busy.group, "timeout" if overdue else "error")]
+        if busy.losses >= MOST_LOSSES:
+            return [ungraded(busy.group, verdict)]
         self._grade(busy)
         return []
 

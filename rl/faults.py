@@ -73,7 +73,7 @@ def tell(error: BaseException, place: Place) -> str:
     """One line: who failed, of what, and where to read more."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        return f"{place.name} raised {type(cause).__name__}: {_first_line(cause)}"
+        return f"{place.name} raised {type(cause).__name__}: {first_line(cause)}"
     if isinstance(error, RayActorError):
         text = str(error)
         _, found, detail = text.partition("Worker exit detail: ")
@@ -81,10 +81,11 @@ def tell(error: BaseException, place: Place) -> str:
         # Ray adds a paragraph of what it might have been.
         detail = detail.partition(" Some common causes")[0].strip().rstrip(".")
         return f"{place.name} (process {place.pid} on {place.node}) died: {detail[:300]}; {place.last_words()}"
-    return f"{place.name}: {type(error).__name__}: {_first_line(error)}"
+    return f"{place.name}: {type(error).__name__}: {first_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of its message."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else "no message"
 
@@ -126,11 +127,11 @@ def gather(calls: Sequence[tuple[Place, Any]], limit: tuple[str, float], doing: 
     if failures:
         dead = [reference for reference, error in failures.items() if isinstance(error, RayActorError)]
         reference = dead[0] if dead else next(iter(failures))
-        error = failures[reference]
-        plain = user_error(error)
+        failure = failures[reference]
+        plain = user_error(failure)
         if plain is not None:
-            raise plain from error
-        raise RoleFailed(f"{doing}: {tell(error, places[reference])}") from error
+            raise plain from failure
+        raise RoleFailed(f"{doing}: {tell(failure, places[reference])}") from failure
     if waiting:
         names = ", ".join(places[reference].name for reference in waiting)
         raise DeadlinePassed(

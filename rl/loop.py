@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from plumbline.errors import InputError
+from plumbline.rl.ahead import Ahead
 from plumbline.rl.checking import CheckingStage
 from plumbline.rl.checkpoint import CheckpointStore
 from plumbline.rl.cluster import Roles
@@ -47,7 +48,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     checkpoints = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     history = HistoryWriter(folder / "history", config.name)
     log = CompletionLog(folder / "completions")
-    checking = CheckingStage(config, roles.reward, collector.sampler, console)
+    checking = CheckingStage(config, roles.reward, collector, console)
 
     start = 0
     saved = checkpoints.latest(console) if resume else None
@@ -69,16 +70,16 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     policy_version = roles.sync()
 
     def checkpoint(step: int) -> Path:
-        state = {"sampler": collector.state_dict(), "history_offset": history.offset, "samples": tasks.fingerprint}
+        state = {"sampler": ahead.state(step), "history_offset": history.offset, "samples": tasks.fingerprint}
         state |= {"checking": checking.state_dict(), "config": config.model_dump(mode="json")}
         return checkpoints.save(step, state, roles.save)
 
     newest = saved[0] if saved is not None else None
-    with Telemetry(config, start, console) as telemetry:
+    with history, Telemetry(config, start, console) as telemetry, Ahead(collector, config, start) as ahead:
         for step in range(start + 1, config.steps + 1):
             clock = time.monotonic()
-            filled = collector.fill(step)
-            rollout_seconds = time.monotonic() - clock
+            roles.clock.lap()
+            filled = ahead.take(step)
             with writing(history.folder):
                 history.append(history_rows(filled.graded, step))
             log.write(step, filled.graded)
@@ -88,15 +89,14 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             checked = checking.check(step, filled.graded)  # on the reward workers, while the learner works
             metrics = update() | checked
             used_version, policy_version = policy_version, roles.sync()
+            ahead.trained(step)
 
-            step_seconds = time.monotonic() - clock
-            metrics |= state_metrics(filled.graded, len(tasks), used_version, rollout_seconds, step_seconds)
-            metrics |= filled.metrics | step_metrics(filled.graded, rollout_seconds, step_seconds)
-            metrics["policy_version"] = policy_version
+            metrics |= state_metrics(filled.graded, len(tasks), used_version, roles.clock.lap())
+            metrics |= filled.metrics | step_metrics(filled.graded, filled.seconds, time.monotonic() - clock)
+            metrics |= {"policy_version": policy_version, "replaced_workers": roles.replaced}
             telemetry.log(step, metrics)
-            if step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+            if config.checkpoint_due(step):
                 newest = checkpoint(step)
             checking.enforce()
-    history.close()
     assert newest is not None  # a checkpoint is written at the last step, or was resumed from
     return TrainingResult(newest / "policy", config.steps, history.offset, time.monotonic() - began)

@@ -77,10 +77,13 @@ class Pool(list[Any]):
         with self.lock:
             if self.closed or self[number] is not handle:
                 return
-            plain = None if isinstance(error, str) else user_error(error)
-            if plain is not None:
-                raise plain from error
-            cause = error if isinstance(error, str) else tell(error, self.places[number])
+            if isinstance(error, str):
+                cause = error
+            else:
+                plain = user_error(error)
+                if plain is not None:
+                    raise plain from error
+                cause = tell(error, self.places[number])
             if self.unsettled >= self.most:
                 raise RoleFailed(
                     f"{cause}; {self.unsettled} {self.role} workers were replaced in this step before it "

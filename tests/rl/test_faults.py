@@ -21,7 +21,7 @@ from rich.console import Console
 
 from plumbline.errors import InputError, RunStopped
 from plumbline.models.load import load_policy
-from plumbline.rl import exchange
+from plumbline.rl import exchange, telemetry
 from plumbline.rl.actors import LearnerWorker
 from plumbline.rl.batch import Prompt, Sampling
 from plumbline.rl.cluster import Roles
@@ -78,7 +78,7 @@ def tree(policy_path, output, **changes):
             "checking": {"share": 0.5, "credit": None, "stop": False, "quarantine": []},
         },
         "checkpoint": {"every_steps": 1, "keep": 3},
-        "ray": {"dashboard": False, "replacements_per_step": 2},
+        "ray": {"dashboard": False, "replacements_per_step": 2, "start_timeout_seconds": 400},
     }
     for dotted, value in changes.items():
         section, _, name = dotted.partition("__")
@@ -278,23 +278,56 @@ def test_a_checkpoint_the_disk_refuses(straight, roles, policy_path, tmp_path, m
     same(straight, cfg, run(cfg, roles, resume=True))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-@pytest.mark.parametrize("victim", ["completions/step-000002.jsonl.new", "history/tiny/000002.arrows", "metrics.jsonl"])
-def test_a_full_disk_stops_the_run_with_the_name_of_the_file(
-    victim, straight, roles, policy_path, tmp_path, monkeypatch
-):
+needs_a_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+
+
+@needs_a_full_device
+def test_completions_that_the_disk_refuses_stop_the_run(straight, roles, policy_path, tmp_path, monkeypatch):
     cfg = config(policy_path, tmp_path)
-    run(cfg.model_copy(update={"steps": 1}), roles)
-    path = cfg.folder / victim
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/full")
-    name = re.escape(str(path if "history" not in victim else path.parent))
+    path = cfg.folder / "completions" / "step-000002.jsonl.new"
+    match = rf"{re.escape(str(path))}: No space left on device; --resume goes on from .*step-000001"
     with (
-        pytest.raises(RunStopped, match=rf"{name}: No space left on device; --resume goes on from .*step-000001"),
+        at_step(monkeypatch, 2, lambda: path.symlink_to("/dev/full")),
+        pytest.raises(RunStopped, match=match),
         resumable(cfg.folder),
     ):
-        run(cfg, roles, resume=True)
-    path.unlink(missing_ok=True)
+        run(cfg, roles)
+    path.unlink()
+    same(straight, cfg, run(cfg, roles, resume=True))
+
+
+def test_a_history_that_the_disk_refuses_stops_the_run(straight, roles, policy_path, tmp_path, monkeypatch):
+    cfg = config(policy_path, tmp_path)
+    with (
+        contextlib.ExitStack() as limit,
+        at_step(monkeypatch, 2, lambda: limit.enter_context(file_size_limit(os.getpid(), 1))),
+        pytest.raises(RunStopped, match=r"File too large; --resume goes on from .*step-000001"),
+        resumable(cfg.folder),
+    ):
+        run(cfg, roles)
+    same(straight, cfg, run(cfg, roles, resume=True))
+
+
+@needs_a_full_device
+def test_metrics_that_the_disk_refuses_stop_the_run(straight, roles, policy_path, tmp_path, monkeypatch):
+    """The open file is put on the full device: reading that back would never end."""
+    cfg = config(policy_path, tmp_path)
+    log, whole = telemetry.Telemetry.log, []
+
+    def refused(self, step, metrics):
+        if step == 2:
+            whole.append(os.dup(self.file.fileno()))
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, self.file.fileno())
+            os.close(full)
+        log(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(telemetry.Telemetry, "log", refused)
+        match = r"metrics\.jsonl: No space left on device; --resume goes on from .*step-000001"
+        with pytest.raises(RunStopped, match=match), resumable(cfg.folder):
+            run(cfg, roles)
+    os.close(whole[0])
     same(straight, cfg, run(cfg, roles, resume=True))
 
 

@@ -58,7 +58,13 @@ class FullAttention(Attention):
         super().__init__(config, branches=1)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, store: tuple[FullCache, Tensor] | None, *_: None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: Layout,
+        store: tuple[FullCache, Tensor] | None,
+        *_: Tensor | None,
     ) -> Tensor:
         q, [(k, v)] = self.project(x, cos, sin)
         if store is not None:
@@ -70,7 +76,7 @@ class FullAttention(Attention):
         )
         return self.o_proj(layout.unpad(out).flatten(1))
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: FullCache, plan: StepPlan, *_: None) -> Tensor:
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: FullCache, plan: StepPlan, *_: Tensor | None) -> Tensor:
         q, [(k, v)] = self.project(x, cos, sin)
         cache.k[plan.slots, :, plan.position] = k.to(cache.k.dtype)
         cache.v[plan.slots, :, plan.position] = v.to(cache.v.dtype)

@@ -148,7 +148,7 @@ class Decoder(nn.Module):
                     taken,
                 )
             )
-            if record is not None:
+            if record is not None and taken is not None:
                 record[at] = taken
             rows.append(at)
         back = torch.cat(rows).argsort()

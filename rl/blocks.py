@@ -7,13 +7,15 @@ each up to 256 blocks, two up to 65,536, else four.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from plumbline.models.config import PolicyConfig
 
-WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+WIDTHS: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 class BlockCodec:

@@ -193,7 +193,12 @@ def evaluation_sections(runs: list[Run]) -> list[Section]:
             "text": "Means over problems with 95% intervals over problems; k completions of each problem.",
             "table": _evaluation_rows(measured),
             "figures": [accuracy_figure(runs)],
-        }
+        },
+        {
+            "title": "Cut, unanswered, ungraded",
+            "text": "Shares of completions that reached the limit, have no complete box, or could not be graded; 95% intervals.",
+            "table": _outcome_rows(measured),
+        },
     ]
     paired = _paired_rows(runs)
     if len(paired) > 1:
@@ -257,7 +262,11 @@ def accuracy_figure(runs: list[Run]) -> Figure:
     ticks = [f"{name}\n(n = {', '.join(map(str, sorted(counts[name])))})" for name in names]
     axes.set_xticks(range(len(names)), ticks, rotation=25 if len(names) > 5 else 0)
     axes.set_ylim(0, 100)
-    label_axes(axes, "benchmark (problems)", "avg@k (%), 95% interval")
+    label_axes(
+        axes,
+        f"{_kind([(run, *item) for run in runs for item in run.evaluations.items()])} (problems)",
+        "avg@k (%), 95% interval",
+    )
     if len(runs) > 1:
         figure.legend(loc="outside upper center", ncols=min(len(runs), 3), fontsize=FONT - 1, frameon=False)
     return figure
@@ -284,44 +293,32 @@ def length_figures(runs: list[Run]) -> list[Figure]:
 
 
 def _evaluation_rows(measured: list[tuple[Run, str, Evaluation]]) -> list[list[str]]:
-    rows = [
-        [
-            "run",
-            "benchmark",
-            "problems",
-            "k",
-            "avg@k",
-            "pass@k",
-            "maj@k",
-            "truncated",
-            "no answer",
-            "ungraded",
-            "seconds",
-        ]
-    ]
+    rows = [["run", _kind(measured), "problems", "k", "avg@k", "pass@k", "maj@k"]]
     for run, name, found in measured:
-        many = found.completions > 1
-        rows.append(
-            [
-                run.label,
-                name,
-                str(found.accuracy.n),
-                str(found.completions),
-                _percent(found.accuracy),
-                _percent(found.pass_at[found.completions]) if many else "-",
-                _percent(found.majority) if found.majority else "-",
-                _percent(found.truncated),
-                _percent(found.no_answer),
-                _percent(found.grader_faults),
-                f"{found.seconds:.0f}",
-            ]
-        )
+        passed = _percent(found.pass_at[found.completions]) if found.completions > 1 else "-"
+        voted = _percent(found.majority) if found.majority else "-"
+        counts = [str(found.accuracy.n), str(found.completions)]
+        rows.append([run.label, name, *counts, _percent(found.accuracy), passed, voted])
     return rows
+
+
+def _outcome_rows(measured: list[tuple[Run, str, Evaluation]]) -> list[list[str]]:
+    """Apart from the accuracies, or the table is wider than a page."""
+    rows = [["run", _kind(measured), "truncated", "no answer", "ungraded", "seconds"]]
+    for run, name, found in measured:
+        shares = [_percent(share) for share in (found.truncated, found.no_answer, found.grader_faults)]
+        rows.append([run.label, name, *shares, f"{found.seconds:.0f}"])
+    return rows
+
+
+def _kind(measured: list[tuple[Run, str, Evaluation]]) -> str:
+    """What the evaluations of these runs are called: a pipeline's are those of its arms, on one benchmark."""
+    return "arm" if all(run.marker["kind"] == "run" for run, *_ in measured) else "benchmark"
 
 
 def _length_rows(measured: list[tuple[Run, str, Evaluation]]) -> list[list[str]]:
     columns = ("mean", "median", "p95", "max", "mean_right", "mean_wrong")
-    rows = [["run", "benchmark", *(f"{column.replace('_', ', ')}" for column in columns)]]
+    rows = [["run", _kind(measured), *(f"{column.replace('_', ', ')}" for column in columns)]]
     for run, name, found in measured:
         if found.tokens:
             rows.append([run.label, name, *(f"{found.tokens[c]:,.0f}" if c in found.tokens else "-" for c in columns)])

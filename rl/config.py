@@ -311,8 +311,8 @@ class SamplerSection(Section):
     )
     explore_floor: float = Field(0.05, gt=0, le=1, description="greso: that chance never falls below.")
     explore_step: float = Field(0.01, ge=0, le=1, description="greso: how far it moves a round.")
-    screening: PositiveInt = Field(
-        4, description="speed: rollouts of the first look; fewer than completions_per_prompt."
+    screening: int = Field(
+        4, ge=2, description="speed: rollouts of the first look, at least 2; fewer than completions_per_prompt."
     )
     low: float = Field(0.0, ge=0, le=1, description="speed: go on above this screening success rate.")
     high: float = Field(1.0, ge=0, le=1, description="speed: and below this one.")

@@ -49,6 +49,8 @@ CURVES: dict[str, tuple[str, str]] = {
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222", "#999999")
 # As much of a label as stands beside a figure in one line.
 LABEL_CHARACTERS = 28
+# Of two compared runs: so many changed problems, and so much of each.
+CHANGED_SHOWN, CHANGED_CHARACTERS = 20, 60
 # Figures whose values are all zero say nothing; one sentence says it instead.
 QUIET_WHEN_ZERO = (
     "rollout/truncated",
@@ -191,7 +193,12 @@ def evaluation_sections(runs: list[Run]) -> list[Section]:
             "text": "Means over problems with 95% intervals over problems; k completions of each problem.",
             "table": _evaluation_rows(measured),
             "figures": [accuracy_figure(runs)],
-        }
+        },
+        {
+            "title": "Cut, unanswered, ungraded",
+            "text": "Shares of completions that reached the limit, have no complete box, or could not be graded; 95% intervals.",
+            "table": _outcome_rows(measured),
+        },
     ]
     paired = _paired_rows(runs)
     if len(paired) > 1:
@@ -202,6 +209,8 @@ def evaluation_sections(runs: list[Run]) -> list[Section]:
                 "table": paired,
             }
         )
+    if len(runs) == 2:
+        sections += changed_sections(*runs)
     for title, parts in (("Levels", "by_level"), ("Subjects", "by_subject")):
         rows = [["benchmark", title.lower()[:-1], "problems", *(run.label for run in runs)]]
         for name in dict.fromkeys(name for _, name, _ in measured):
@@ -220,6 +229,23 @@ def evaluation_sections(runs: list[Run]) -> list[Section]:
     return sections
 
 
+def changed_sections(first: Run, second: Run) -> list[Section]:
+    """The problems whose share of right completions differs most, for two runs that answered the same benchmark."""
+    sections: list[Section] = []
+    for name in first.answers:
+        if name not in second.answers:
+            continue
+        changed = compare_benchmark(name, first.answers[name], second.answers[name]).changed
+        rows = [["problem", first.label, second.label, "text"]]
+        for change in changed[:CHANGED_SHOWN]:
+            text = textwrap.shorten(change.problem, CHANGED_CHARACTERS, placeholder=" …")
+            rows.append([change.sample_id, f"{change.a:.0%}", f"{change.b:.0%}", text])
+        if changed:
+            note = f"{min(len(changed), CHANGED_SHOWN)} of {len(changed)} problems that changed, the largest changes first."
+            sections.append({"title": f"Changed problems: {name}", "table": rows, "note": note})
+    return sections
+
+
 def accuracy_figure(runs: list[Run]) -> Figure:
     """avg@k of every run on every benchmark, with intervals."""
     runs = [run for run in runs if run.evaluations]
@@ -232,9 +258,15 @@ def accuracy_figure(runs: list[Run]) -> Figure:
         means = np.array([100 * value.mean for _, value in known])
         spread = np.array([[100 * (v.mean - v.low) for _, v in known], [100 * (v.high - v.mean) for _, v in known]])
         axes.bar(at, means, width * 0.92, yerr=spread, capsize=4, color=colour, label=run.label)
-    axes.set_xticks(range(len(names)), names, rotation=25 if len(names) > 5 else 0)
+    counts = {name: {run.evaluations[name].accuracy.n for run in runs if name in run.evaluations} for name in names}
+    ticks = [f"{name}\n(n = {', '.join(map(str, sorted(counts[name])))})" for name in names]
+    axes.set_xticks(range(len(names)), ticks, rotation=25 if len(names) > 5 else 0)
     axes.set_ylim(0, 100)
-    label_axes(axes, "benchmark", "avg@k (%)")
+    label_axes(
+        axes,
+        f"{_kind([(run, *item) for run in runs for item in run.evaluations.items()])} (problems)",
+        "avg@k (%), 95% interval",
+    )
     if len(runs) > 1:
         figure.legend(loc="outside upper center", ncols=min(len(runs), 3), fontsize=FONT - 1, frameon=False)
     return figure
@@ -261,44 +293,32 @@ def length_figures(runs: list[Run]) -> list[Figure]:
 
 
 def _evaluation_rows(measured: list[tuple[Run, str, Evaluation]]) -> list[list[str]]:
-    rows = [
-        [
-            "run",
-            "benchmark",
-            "problems",
-            "k",
-            "avg@k",
-            "pass@k",
-            "maj@k",
-            "truncated",
-            "no answer",
-            "ungraded",
-            "seconds",
-        ]
-    ]
+    rows = [["run", _kind(measured), "problems", "k", "avg@k", "pass@k", "maj@k"]]
     for run, name, found in measured:
-        many = found.completions > 1
-        rows.append(
-            [
-                run.label,
-                name,
-                str(found.accuracy.n),
-                str(found.completions),
-                _percent(found.accuracy),
-                _percent(found.pass_at[found.completions]) if many else "-",
-                _percent(found.majority) if found.majority else "-",
-                _percent(found.truncated),
-                _percent(found.no_answer),
-                f"{found.grader_faults.mean:.1%}",
-                f"{found.seconds:.0f}",
-            ]
-        )
+        passed = _percent(found.pass_at[found.completions]) if found.completions > 1 else "-"
+        voted = _percent(found.majority) if found.majority else "-"
+        counts = [str(found.accuracy.n), str(found.completions)]
+        rows.append([run.label, name, *counts, _percent(found.accuracy), passed, voted])
     return rows
+
+
+def _outcome_rows(measured: list[tuple[Run, str, Evaluation]]) -> list[list[str]]:
+    """Apart from the accuracies, or the table is wider than a page."""
+    rows = [["run", _kind(measured), "truncated", "no answer", "ungraded", "seconds"]]
+    for run, name, found in measured:
+        shares = [_percent(share) for share in (found.truncated, found.no_answer, found.grader_faults)]
+        rows.append([run.label, name, *shares, f"{found.seconds:.0f}"])
+    return rows
+
+
+def _kind(measured: list[tuple[Run, str, Evaluation]]) -> str:
+    """What the evaluations of these runs are called: a pipeline's are those of its arms, on one benchmark."""
+    return "arm" if all(run.marker["kind"] == "run" for run, *_ in measured) else "benchmark"
 
 
 def _length_rows(measured: list[tuple[Run, str, Evaluation]]) -> list[list[str]]:
     columns = ("mean", "median", "p95", "max", "mean_right", "mean_wrong")
-    rows = [["run", "benchmark", *(f"{column.replace('_', ', ')}" for column in columns)]]
+    rows = [["run", _kind(measured), *(f"{column.replace('_', ', ')}" for column in columns)]]
     for run, name, found in measured:
         if found.tokens:
             rows.append([run.label, name, *(f"{found.tokens[c]:,.0f}" if c in found.tokens else "-" for c in columns)])

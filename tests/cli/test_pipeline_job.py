@@ -14,7 +14,7 @@ TINY = ["data.limit=8", "rollout.prompts_per_step=4", "rollout.completions_per_p
 TINY += ["selection.prerun_steps=4", "selection.threshold=null", "selection.count=4", "evaluation.limit=8"]
 # Short answers earn more: curves that differ, though the policy has no room to answer.
 TINY += ["reward.shaping=plumbline.testing:short_is_good", "learner.threads=1", "checkpoint.every_steps=1"]
-SECONDS = 600
+SECONDS = 1200
 
 
 def ray_job(cluster, checkout, verb, *rest):
@@ -33,12 +33,14 @@ def test_a_stopped_pipeline_goes_on_where_it_was(cluster, checkout, tmp_path):
     names = ["--no-wait", "--submission-id=pipeline", "--working-dir", "."]
     begun = ray_job(cluster, checkout, "submit", *names, "--", *command, "steps=100000")
     assert begun.returncode == 0, begun.stdout + begun.stderr
-    deadline = time.monotonic() + SECONDS
+    began = asked = time.monotonic()
+    # Soon after the arm's first step: whatever it has done by then, the second job has to do twice more.
     while not read_metrics(run / "full"):
-        log = ray_job(cluster, checkout, "logs", "pipeline")
-        assert "failed" not in status(cluster, checkout, "pipeline"), log.stdout + log.stderr
-        assert time.monotonic() < deadline, log.stdout + log.stderr
-        time.sleep(1)
+        if time.monotonic() > asked + 20:
+            asked = time.monotonic()
+            gone = "failed" in status(cluster, checkout, "pipeline") or asked > began + SECONDS
+            assert not gone, ray_job(cluster, checkout, "logs", "pipeline").stdout
+        time.sleep(0.2)
     stopped = ray_job(cluster, checkout, "stop", "pipeline")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "'pipeline' was stopped" in status(cluster, checkout, "pipeline")

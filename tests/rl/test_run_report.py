@@ -64,6 +64,9 @@ def test_two_runs_share_every_figure(tmp_path):
     assert "learner.learning_rate" in settings
     assert "rollout.slots" not in settings
     assert "<h2>Paired differences</h2>" in text
+    assert "<h2>Changed problems: own</h2>" in text
+    assert "1 of 1 problems that changed" in text
+    assert re.search(r"s1</t[dh]><td[^>]*>0%</td><td[^>]*>100%</td>", text)
     assert "+33.3" in text
     figure = run_report.curve_figure({"x": [{"step": 1, "k": 1.0}], "y": [{"step": 1, "k": 2.0}]}, "k", "value (unit)")
     assert [line.get_label() for line in figure.axes[0].lines] == ["x", "y"]

@@ -115,7 +115,7 @@ def run(policy_path, tmp_path_factory):
                 another = parse_config(
                     settings
                     | {"name": f"watched-{name}", "output": str(folder / name), "steps": 1}
-                    | {"selection": {"sampler": {"name": name, "screening": 1}}}
+                    | {"selection": {"sampler": {"name": name, "screening": 2}}}
                 )
                 another.folder.mkdir()
                 train(another, roles, tasks, Console(quiet=True))

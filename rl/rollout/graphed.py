@@ -71,7 +71,7 @@ class Decoder:
 
     def drawn(self, slots: list[int]) -> dict[int, list[int]]:
         """Token ids drawn so far in each of these slots."""
-        where = torch.tensor(slots, device=self.policy.device)
+        where = torch.tensor(slots, dtype=torch.int64, device=self.policy.device)
         counts, rows = self.state.counts[where].tolist(), self.state.drawn[where].tolist()
         return {slot: row[:count] for slot, count, row in zip(slots, counts, rows, strict=True)}
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from plumbline.errors import InputError, RunStopped
+from plumbline.errors import RunStopped
 from plumbline.models.load import load_policy
 from plumbline.rl import exchange, telemetry
 from plumbline.rl.actors import LearnerWorker
@@ -385,7 +385,7 @@ def test_learners_that_do_not_meet_are_one_line(roles, policy_path, tmp_path):
 
 
 def test_bad_input_found_by_an_actor_stays_bad_input(roles, policy_path, tmp_path):
-    with pytest.raises(InputError, match="not_there"):
+    with pytest.raises(FileNotFoundError, match="not_there"):
         roles.begin_evaluation(config(policy_path, tmp_path), str(tmp_path / "not_there"))
 
 

@@ -167,9 +167,14 @@ class LearnerWorker:
         return {"version": self.learner.version, "arrays": arrays, "checksum": checksum}
 
     def save(self, folder: str) -> None:
-        """Write folder/policy (a Hugging Face folder with tokenizer and prompt style) and folder/learner.pt."""
+        """Copy the state and start to write folder/policy, folder/learner and folder/learner.pt; see learner_state."""
         from plumbline.rl import learner_state
 
-        learner_state.save(self.learner, Path(folder))
         if self.ranks.rank == 0:
+            (Path(folder) / "policy").mkdir(parents=True, exist_ok=True)
             self.codec.save(Path(folder) / "policy")
+        self.saving = learner_state.Saving(self.learner, Path(folder))
+
+    def written(self, wait: bool) -> dict[str, str] | None:
+        """Of the last `save`: see learner_state.Saving.written."""
+        return self.saving.written(wait=wait)

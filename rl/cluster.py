@@ -144,8 +144,13 @@ class Roles:
         ray.get(self._learn("load", (str(folder.resolve()),)))
 
     def save(self, folder: Path) -> None:
-        """Learner's state into a checkpoint."""
+        """Copy the learner's state and start to write it into a checkpoint."""
         ray.get(self._learn("save", (str(folder.resolve()),)))
+
+    def written(self, *, wait: bool) -> dict[str, str] | None:
+        """SHA-256 by path of what the last `save` wrote, once all is; None until then. Raises what kept it from that."""
+        parts = ray.get(self._learn("written", (wait,)))
+        return None if None in parts else {name: value for part in parts for name, value in part.items()}
 
     def begin(self, config: RunConfig) -> None:
         """Load the run's starting policy everywhere."""

@@ -31,3 +31,21 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def disk_refusal(folder: Path) -> OSError | None:
+    """What the system says to a megabyte more in this folder; None if it takes it.
+
+    Libraries that write files often hide the system's error in an exception of their own.
+    """
+    probe = folder / ".probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(b"\0" * 2**20)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        probe.unlink(missing_ok=True)
+    return None

@@ -68,13 +68,12 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     log.drop_after(start)
     policy_version = roles.sync()
 
-    def checkpoint(step: int) -> Path:
+    def checkpoint(step: int) -> None:
         state = {"sampler": collector.state_dict(), "history_offset": history.offset, "samples": tasks.fingerprint}
         state |= {"checking": checking.state_dict(), "config": config.model_dump(mode="json")}
-        return checkpoints.save(step, state, roles.save)
+        checkpoints.begin(step, state, roles)
 
-    newest = saved[0] if saved is not None else None
-    with Telemetry(config, start, console) as telemetry:
+    with Telemetry(config, start, console) as telemetry, checkpoints:
         for step in range(start + 1, config.steps + 1):
             clock = time.monotonic()
             filled = collector.fill(step)
@@ -93,9 +92,10 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             metrics |= filled.metrics | step_metrics(filled.graded, rollout_seconds, step_seconds)
             metrics["policy_version"] = policy_version
             telemetry.log(step, metrics)
+            checkpoints.poll()
             if step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
-                newest = checkpoint(step)
+                checkpoint(step)  # its files are written while training goes on
             checking.enforce()
     history.close()
-    assert newest is not None  # a checkpoint is written at the last step, or was resumed from
-    return TrainingResult(newest / "policy", config.steps, history.offset, time.monotonic() - began)
+    assert checkpoints.newest is not None  # a checkpoint is written at the last step, or was resumed from
+    return TrainingResult(checkpoints.newest / "policy", config.steps, history.offset, time.monotonic() - began)

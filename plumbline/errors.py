@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"; the command line turns it into one line and exit code 2."""
+"""What the command line turns into one line: bad input (exit code 2), and runs that had to stop (exit code 1)."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,10 @@ class InputError(ValueError):
 
 class RewardsUnsound(RuntimeError):
     """The rewards of a run passed a threshold at which it must stop; the command line ends with one line and exit code 1."""
+
+
+class RunStopped(RuntimeError):
+    """Something outside the settings ended a run before its last step: a dead process, a deadline, a full disk.
+
+    The message names the cause. The run goes on with --resume; the command line ends with one line and exit code 1.
+    """

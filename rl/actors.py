@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
@@ -16,7 +17,11 @@ import ray
 from plumbline.rewards.verdict import Verdict
 from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig
+from plumbline.rl.faults import Place, own_place
 from plumbline.rl.monitoring.publish import actor_name, watch_grading, watch_rollout, watch_update
+
+if TYPE_CHECKING:
+    from plumbline.rl.rollout import CarryingEngine
 
 
 def _set_up(threads: int | None) -> None:
@@ -31,13 +36,21 @@ def _set_up(threads: int | None) -> None:
     logging.disable_progress_bar()
 
 
-@ray.remote
-class RolloutWorker:
-    """Owns a rollout engine."""
+class _Actor:
+    """What actors of every role have."""
 
     # Ray puts it in front of each line that the actor logs.
     def __repr__(self) -> str:
         return actor_name()
+
+    def place(self) -> Place:
+        """Where it runs, once it does."""
+        return own_place()
+
+
+@ray.remote
+class RolloutWorker(_Actor):
+    """Owns a rollout engine."""
 
     def begin(self, config: RunConfig, policy_path: str | None = None) -> str:
         """Load the starting policy of a run (or any other to evaluate). Returns the device."""
@@ -50,7 +63,9 @@ class RolloutWorker:
         device = pick_device(config.policy.device)
         codec = Codec(path, overrides=config.prompt)
         attention = config.policy.attention if policy_path is None else None
-        self.__dict__.pop("engine", None)  # an earlier run's weights and cache must be gone before the next are made
+        # An earlier run's weights and cache must be gone before the next are made; a generator holds them too.
+        self.__dict__.pop("under_way", None)
+        self.__dict__.pop("engine", None)
         self.engine = make_engine(config, path, attention, codec, device)
         return device
 
@@ -68,16 +83,36 @@ class RolloutWorker:
         return self.engine.checksum()
 
     @ray.method(num_returns="streaming")
-    def generate(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
-        yield from watch_rollout(self.engine.generate(prompts, completions, sampling), len(prompts))
+    def generate(
+        self, prompts: list[Prompt], completions: int, sampling: Sampling, slice_seconds: float | None = None
+    ) -> Iterator[Group]:
+        """Groups as they are finished: all of them, or those of about slice_seconds. `go_on` then goes on, and calls
+        that came in meanwhile have been answered: new weights reach completions under way."""
+        parts: Iterator[Group | None]
+        if slice_seconds is None:
+            parts = self.engine.generate(prompts, completions, sampling)
+        else:
+            parts = cast("CarryingEngine", self.engine).generate_in_parts(prompts, completions, sampling)
+        self.under_way = watch_rollout(parts, len(prompts))
+        yield from self._slice(slice_seconds)
+
+    @ray.method(num_returns="streaming")
+    def go_on(self, slice_seconds: float) -> Iterator[Group]:
+        """More groups of the last `generate`."""
+        yield from self._slice(slice_seconds)
+
+    def _slice(self, seconds: float | None) -> Iterator[Group]:
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        for group in self.under_way:
+            if group is not None:
+                yield group
+            elif time.monotonic() > end:
+                return
 
 
 @ray.remote
-class RewardWorker:
+class RewardWorker(_Actor):
     """Grades finished groups in killable processes while other groups still generate."""
-
-    def __repr__(self) -> str:
-        return actor_name()
 
     def __init__(self, config: RunConfig) -> None:
         from plumbline.rewards.workers import Grader
@@ -108,7 +143,7 @@ class RewardWorker:
 
 
 @ray.remote
-class LearnerWorker:
+class LearnerWorker(_Actor):
     """One of the learner's processes. Every method is called on all of them at once."""
 
     def address(self) -> str:
@@ -124,9 +159,6 @@ class LearnerWorker:
 
         self.device = pick_device(config.policy.device)
         self.ranks = Ranks.join(rank, size, address, self.device, config.ray.start_timeout_seconds)
-
-    def __repr__(self) -> str:
-        return actor_name()
 
     def begin(self, config: RunConfig) -> str:
         """Load the starting policy with a fresh optimizer. Returns the device."""
@@ -150,7 +182,7 @@ class LearnerWorker:
         return metrics
 
     def publish(self) -> dict[str, Any]:
-        """{version, arrays, checksum}: arrays go to the object store once and are shared by all rollout workers."""
+        """{version, arrays, checksum}: `arrays` refers to them in the object store, where all rollout workers read them."""
         import torch
 
         from plumbline.rl import learner_state
@@ -164,7 +196,7 @@ class LearnerWorker:
             weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
         checksum = absolute_sum(weights.values())
         arrays = {name: (t.view(torch.int16) if half else t).cpu().numpy() for name, t in weights.items()}
-        return {"version": self.learner.version, "arrays": arrays, "checksum": checksum}
+        return {"version": self.learner.version, "arrays": ray.put(arrays), "checksum": checksum}
 
     def save(self, folder: str) -> None:
         """Copy the state and start to write folder/policy, folder/learner and folder/learner.pt; see learner_state."""

@@ -56,17 +56,23 @@ class Completion:
         logprobs: of each token at sampling time, in nats.
         text: decoded, special tokens left out.
         truncated: no end token within max_new_tokens.
+        versions: [index of a token, version of the policy that drew it and those after it], in order; more than one when
+            new weights came while it was under way.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     text: str
     truncated: bool
+    versions: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
 class Group:
-    """All completions of one prompt, then their verdicts and rewards (parallel lists)."""
+    """All completions of one prompt, then their verdicts and rewards (parallel lists).
+
+    `policy_version` is that of the oldest token.
+    """
 
     prompt: Prompt
     completions: list[Completion]

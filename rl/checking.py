@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ray
 from rich.console import Console
 
 from plumbline.errors import RewardsUnsound
@@ -14,26 +14,32 @@ from plumbline.rewards.checking.report import write_report
 from plumbline.rewards.verdict import Verdict
 from plumbline.rl.batch import Group
 from plumbline.rl.config import RunConfig
+from plumbline.rl.pool import Pool
 from plumbline.rl.records import completion_rows
-from plumbline.selection.samplers import Sampler
 
 REPORT_EVERY = 10
+
+
+class LeavesOut(Protocol):
+    def leave_out(self, sample_ids: Iterable[str]) -> None: ...
 
 
 class WorkersOpinion:
     """Spreads pairs for the second checker over the reward workers.
 
     Args:
-        workers: handles of reward actors.
+        workers: reward actors.
+        limit: setting and seconds; see faults.gather.
     """
 
-    def __init__(self, workers: list[Any]) -> None:
-        self.workers = workers
+    def __init__(self, workers: Pool, limit: tuple[str, float]) -> None:
+        self.workers, self.limit = workers, limit
 
     def compare_many(self, pairs: list[tuple[str, str]], /) -> list[Verdict]:
         """Verdicts in order."""
         n = len(self.workers)
-        shares = ray.get([worker.second_opinion.remote(pairs[i::n]) for i, worker in enumerate(self.workers)])
+        dealt = [pairs[number::n] for number in range(n)]
+        shares = self.workers.each("second_opinion", dealt, self.limit, "the second opinion on answers")
         return [shares[number % n][number // n] for number in range(len(pairs))]
 
 
@@ -45,12 +51,12 @@ class CheckingStage:
 
     Args:
         config: the run's; reward.checking decides. With a share of 0 the stage does nothing.
-        workers: handles of reward actors.
-        sampler: told which samples to leave out.
+        workers: reward actors.
+        sampler: told which samples to leave out (a Sampler, or the Collector that owns one).
         console: warnings go here, each once.
     """
 
-    def __init__(self, config: RunConfig, workers: list[Any], sampler: Sampler, console: Console) -> None:
+    def __init__(self, config: RunConfig, workers: Pool, sampler: LeavesOut, console: Console) -> None:
         settings = config.reward.checking
         self.folder, self.last_step, self.stops = Path(config.folder), config.steps, settings.stop
         self.sampler, self.console = sampler, console
@@ -63,7 +69,7 @@ class CheckingStage:
             self.checker = RewardChecker(
                 settings.share,
                 thresholds,
-                second=WorkersOpinion(workers),
+                second=WorkersOpinion(workers, ("rollout.timeout_seconds", config.rollout.timeout_seconds)),
                 rules=settings.quarantine,
                 window=settings.window_steps,
             )

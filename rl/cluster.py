@@ -1,96 +1,46 @@
-"""Starting Ray and the actors of each role, and moving groups between them."""
+"""The actors of each role: started with their resources, called all at once, and replaced where that is possible."""
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray.job_config import JobConfig
 
-from plumbline.errors import InputError
+from plumbline.errors import InputError, RunStopped
 from plumbline.rl.actors import LearnerWorker, RewardWorker, RolloutWorker
 from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
+from plumbline.rl.clock import WorkClock
 from plumbline.rl.config import RunConfig
-from plumbline.rl.monitoring.job import actor_namer, job_metadata, show_on_job_page
-from plumbline.rl.monitoring.publish import publish_grading_queue
-
-
-def start_ray(config: RunConfig) -> bool:
-    """Connect to the job's or the given cluster, else start a local one. Returns whether we started it."""
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray lowers its workers' priority by 15; here the workers are the work.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    metadata = job_metadata(config.name, config.folder)
-    common: dict[str, Any] = {
-        "job_config": JobConfig(metadata=metadata),
-        "log_to_driver": True,
-        "logging_level": logging.WARNING,
-    }
-    if address:
-        ray.init(address=address, **common)
-        trouble = show_on_job_page(metadata)
-        if trouble:
-            logging.getLogger(__name__).warning(trouble)
-        return True
-    # Whoever can reach a Ray cluster can run code in it. Ray asks for the token in ~/.ray/auth_token unless RAY_AUTH_MODE
-    # says otherwise, which is left to the user.
-    with on_loopback():
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, _booked_cpus(config)),
-            include_dashboard=config.ray.dashboard,
-            dashboard_host="127.0.0.1",
-            **common,
-        )
-    return True
-
-
-@contextmanager
-def on_loopback() -> Iterator[None]:
-    """Within the block, a cluster that is started listens on the loopback address alone.
-
-    Ray does so by itself on systems where it forms no clusters of several machines; elsewhere it binds to every
-    interface, and takes an address of 127.0.0.1 for the machine's outer one.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _booked_cpus(config: RunConfig) -> int:
-    """A local cluster offers at least what the roles book: they take turns, so booking more than the cores is fine."""
-    booked = (
-        config.rollout.workers * config.rollout.cpus_per_worker
-        + config.reward.workers * config.reward.cpus_per_worker
-        + config.learner.workers * config.learner.cpus
-    )
-    return int(-(-booked // 1))
+from plumbline.rl.connect import start_ray
+from plumbline.rl.exchange import Exchange
+from plumbline.rl.faults import Place, RoleFailed, gather
+from plumbline.rl.monitoring.job import actor_namer
+from plumbline.rl.pool import Pool
 
 
 @dataclass
 class Roles:
-    """Handles of a run's actors. `start` once, `begin` for every training run or evaluation."""
+    """Handles of a run's actors. `start` once, `begin` for every training run or evaluation.
+
+    A rollout or reward worker that dies is replaced and its prompts are asked again (exchange.py); a learner that dies
+    ends the run, which goes on from its last checkpoint. Every wait has a deadline; see faults.gather for what it raises.
+    """
 
     config: RunConfig
     owns_ray: bool
-    rollout: list[Any] = field(default_factory=list)
-    reward: list[Any] = field(default_factory=list)
-    learners: list[Any] = field(default_factory=list)
+    rollout: Pool = field(init=False)
+    reward: Pool = field(init=False)
+    learners: Pool = field(init=False)
+    # What a rollout worker holds: the policy it began with, then the weights that the learner published last.
+    begun: tuple[RunConfig, str | None] | None = None
+    published: dict[str, Any] | None = None
+    clock: WorkClock = field(init=False)
+    # Set: exchanges under way are to end.
+    stop: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def start(cls, config: RunConfig, *, learner: bool = True) -> Roles:
@@ -102,116 +52,162 @@ class Roles:
         reward_actor: Any = RewardWorker
         learner_actor: Any = LearnerWorker
         name = actor_namer()
-        for number in range(rollout.workers):
-            options: dict[str, Any] = {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker}
-            roles.rollout.append(rollout_actor.options(name=name("rollout", number), **options).remote())
-        for number in range(reward.workers):
-            options = {"num_cpus": reward.cpus_per_worker, "name": name("reward", number)}
-            roles.reward.append(reward_actor.options(**options).remote(config))
-        for number in range(settings.workers if learner else 0):
-            options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "name": name("learner", number)}
-            roles.learners.append(learner_actor.options(**options).remote())
-        actors = [*roles.rollout, *roles.reward, *roles.learners]
-        ready = [actor.__ray_ready__.remote() for actor in actors]
-        done, pending = ray.wait(ready, num_returns=len(ready), timeout=config.ray.start_timeout_seconds)
-        ray.get(done)
-        if pending:
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
+
+        def named(role: str, number: int, before: int) -> str:
+            return name(role, number) + (f"-again-{before}" if before else "")
+
+        def make_rollout(number: int, before: int) -> Any:
+            options = {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker}
+            return rollout_actor.options(name=named("rollout", number, before), **options).remote()
+
+        def make_reward(number: int, before: int) -> Any:
+            options = {"num_cpus": reward.cpus_per_worker, "name": named("reward", number, before)}
+            return reward_actor.options(**options).remote(config)
+
+        def make_learner(number: int, before: int) -> Any:
+            options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "name": named("learner", number, before)}
+            return learner_actor.options(**options).remote()
+
+        limit, most = roles._starting(), config.ray.replacements_per_step
+        roles.rollout = Pool("rollout", rollout.workers, make_rollout, limit, most)
+        roles.reward = Pool("reward", reward.workers, make_reward, limit, most)
+        roles.learners = Pool("learner", settings.workers if learner else 0, make_learner, limit)
+        roles.rollout.prepare = roles._prepare
+        pools = (roles.rollout, roles.reward, roles.learners)
+        roles.clock = WorkClock({pool.role: len(pool) for pool in pools})
+        try:
+            roles._await_places()
+            if learner:
+                places = roles.learners.places
+                doing = "the learner's processes meeting"
+                (address,) = gather([(places[0], roles.learners[0].address.remote())], limit, doing)
+                ranks = [(rank, settings.workers, address, config) for rank in range(settings.workers)]
+                gather(roles._learn("join", *ranks), limit, doing)
+        except BaseException:
             roles.close()
-            raise InputError(
-                f"{len(pending)} of {len(ready)} actors did not start within {config.ray.start_timeout_seconds:g} s "
-                f"(free in the cluster: {free}); lower rollout.workers or *.cpus_per_worker / *.gpus_per_worker"
-            )
-        if learner:
-            address = ray.get(roles.learners[0].address.remote())
-            joining = roles._learn(
-                "join", *((rank, settings.workers, address, config) for rank in range(settings.workers))
-            )
-            ray.get(joining)
+            raise
         return roles
 
-    def _learn(self, method: str, *arguments: tuple[Any, ...]) -> list[Any]:
-        """Call a method on every learner process at once, with one tuple of arguments for all or one each; their results to come."""
-        each = arguments * len(self.learners) if len(arguments) == 1 else arguments
-        return [getattr(learner, method).remote(*a) for learner, a in zip(self.learners, each, strict=True)]
+    def _starting(self) -> tuple[str, float]:
+        return "ray.start_timeout_seconds", self.config.ray.start_timeout_seconds
 
-    def update(self, batch: TrainingBatch) -> list[Any]:
-        """Start one training step of the learner; the metrics to come, the same from every process."""
-        return self._learn("update", (ray.put(batch),))
+    def _transfer(self) -> tuple[str, float]:
+        return "ray.transfer_timeout_seconds", self.config.ray.transfer_timeout_seconds
+
+    def _await_places(self) -> None:
+        """Until every actor is up."""
+        pools = (self.rollout, self.reward, self.learners)
+        calls = [call for pool in pools for call in pool.calls("place")]
+        seconds = self.config.ray.start_timeout_seconds
+        _, pending = ray.wait([ref for _, ref in calls], num_returns=len(calls), timeout=seconds)
+        if pending:
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
+            raise InputError(
+                f"{len(pending)} of {len(calls)} actors did not start within {seconds:g} s "
+                f"(free in the cluster: {free}); lower rollout.workers or *.cpus_per_worker / *.gpus_per_worker"
+            )
+        places = iter(gather(calls, self._starting(), "the workers' start"))
+        for pool in pools:
+            pool.places = [next(places) for _ in pool]
+
+    def _learn(self, method: str, *arguments: tuple[Any, ...]) -> list[tuple[Place, Any]]:
+        """Call a method on every learner process at once, with one tuple of arguments for all or one each; for `gather`."""
+        each = arguments * len(self.learners) if len(arguments) == 1 else arguments
+        return [
+            (place, getattr(learner, method).remote(*a))
+            for place, learner, a in zip(self.learners.places, self.learners, each, strict=True)
+        ]
+
+    def update(self, batch: TrainingBatch) -> Callable[[], dict[str, float]]:
+        """Start one training step of the learner; call what is returned for its metrics."""
+        limit = ("learner.update_timeout_seconds", self.config.learner.update_timeout_seconds)
+        self._learners_work(self.clock.begin)
+        calls = self._learn("update", (ray.put(batch),))
+
+        def metrics() -> dict[str, float]:
+            try:
+                return gather(calls, limit, "the learner's update")[0]
+            finally:
+                self._learners_work(self.clock.end)
+
+        return metrics
+
+    def _learners_work(self, change: Callable[[str, int], None]) -> None:
+        for number in range(len(self.learners)):
+            change("learner", number)
 
     def load(self, folder: Path) -> None:
         """Learner's state from a checkpoint."""
-        ray.get(self._learn("load", (str(folder.resolve()),)))
+        gather(self._learn("load", (str(folder.resolve()),)), self._transfer(), f"loading {folder}")
 
     def save(self, folder: Path) -> None:
         """Copy the learner's state and start to write it into a checkpoint."""
-        ray.get(self._learn("save", (str(folder.resolve()),)))
+        gather(self._learn("save", (str(folder.resolve()),)), self._transfer(), f"copying the state for {folder}")
 
     def written(self, *, wait: bool) -> dict[str, str] | None:
         """SHA-256 by path of what the last `save` wrote, once all is; None until then. Raises what kept it from that."""
-        parts = ray.get(self._learn("written", (wait,)))
+        parts = gather(self._learn("written", (wait,)), self._transfer(), "writing the checkpoint")
         return None if None in parts else {name: value for part in parts for name, value in part.items()}
 
     def begin(self, config: RunConfig) -> None:
         """Load the run's starting policy everywhere."""
-        self.config = config
-        ray.get([worker.begin.remote(config) for worker in [*self.learners, *self.rollout]])
+        self.config, self.begun, self.published = config, (config, None), None
+        calls = [*self._learn("begin", (config,)), *self.rollout.calls("begin", config)]
+        gather(calls, self._transfer(), f"loading {config.policy.path}")
 
     def begin_evaluation(self, config: RunConfig, policy_path: str | None) -> None:
         """Load one policy into the rollout workers alone."""
-        self.config = config
-        ray.get([worker.begin.remote(config, policy_path) for worker in self.rollout])
+        self.config, self.begun, self.published = config, (config, policy_path), None
+        path = policy_path or config.policy.path
+        gather(self.rollout.calls("begin", config, policy_path), self._transfer(), f"loading {path}")
 
     def sync(self) -> int:
         """Learner's weights to every rollout worker; checks that they arrived whole. Returns their version."""
-        published = ray.get(self._learn("publish", ()))[0]
-        arrays = ray.put(published["arrays"])
-        checksums = ray.get([worker.load_weights.remote(published["version"], arrays) for worker in self.rollout])
-        for checksum in checksums:
-            if abs(checksum - published["checksum"]) > 1e-9 * abs(published["checksum"]):
-                raise RuntimeError(
-                    f"weights changed on the way to a rollout worker: checksum {checksum} there, {published['checksum']} here"
-                )
+        self._learners_work(self.clock.begin)
+        try:
+            published = gather(self._learn("publish", ()), self._transfer(), "publishing the learner's weights")[0]
+        finally:
+            self._learners_work(self.clock.end)
+        with self.rollout.lock:
+            self.published = published
+            calls = [
+                self._give_weights(handle, place)
+                for handle, place in zip(self.rollout, self.rollout.places, strict=True)
+            ]
+            for number, (handle, call) in enumerate(zip(list(self.rollout), calls, strict=True)):
+                try:
+                    self._check_weights(call)
+                except RoleFailed as error:
+                    self.rollout.replace(number, handle, str(error))
         return published["version"]
 
-    def graded_groups(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
-        """Generate and grade; yields groups as they are graded, in any order. Grading runs beside generation.
+    def _give_weights(self, handle: Any, place: Place) -> tuple[Place, Any]:
+        assert self.published is not None
+        return place, handle.load_weights.remote(self.published["version"], self.published["arrays"])
 
-        Raises TimeoutError after rollout.timeout_seconds.
-        """
-        deadline = time.monotonic() + self.config.rollout.timeout_seconds
-        shares = [prompts[number :: len(self.rollout)] for number in range(len(self.rollout))]
-        streams = [
-            worker.generate.remote(share, completions, sampling)
-            for worker, share in zip(self.rollout, shares, strict=True)
-            if share
-        ]
-        grading: list[Any] = []
-        sent = received = 0
-        while received < len(prompts):
-            left = deadline - time.monotonic()
-            ready, _ = ray.wait([*streams, *grading], num_returns=1, timeout=max(left, 0))
-            if not ready:
-                raise TimeoutError(
-                    f"{len(prompts) - received} of {len(prompts)} groups were not back after "
-                    f"rollout.timeout_seconds = {self.config.rollout.timeout_seconds:g}"
-                )
-            item: Any
-            for item in ready:
-                if item in grading:
-                    grading.remove(item)
-                    received += 1
-                    publish_grading_queue(self.config.name, len(grading))
-                    yield ray.get(item)
-                    continue
-                try:
-                    group = next(item)
-                except StopIteration:
-                    streams.remove(item)
-                    continue
-                grading.append(self.reward[sent % len(self.reward)].grade.remote(group))
-                sent += 1
-                publish_grading_queue(self.config.name, len(grading))
+    def _check_weights(self, call: tuple[Place, Any]) -> None:
+        assert self.published is not None
+        (there,) = gather([call], self._transfer(), f"weights for {call[0].name}")
+        here = self.published["checksum"]
+        if abs(there - here) > 1e-9 * abs(here):
+            raise RunStopped(f"weights changed on the way to {call[0].name}: checksum {there} there, {here} here")
+
+    def _prepare(self, handle: Any, place: Place) -> None:
+        """Bring a new rollout worker to where the others are."""
+        if self.begun is not None:
+            gather([(place, handle.begin.remote(*self.begun))], self._transfer(), "loading the policy")
+        if self.published is not None:
+            self._check_weights(self._give_weights(handle, place))
+
+    @property
+    def replaced(self) -> int:
+        """Rollout and reward workers that were replaced since the start."""
+        return self.rollout.replaced + self.reward.replaced
+
+    def graded_groups(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+        """Generate and grade; see Exchange.run."""
+        exchange = Exchange(self.config, self.rollout, self.reward, self.clock, self.stop.is_set)
+        return exchange.run(prompts, completions, sampling)
 
     def close(self) -> None:
         """Stop grading processes and, if this run started it, Ray."""
@@ -219,8 +215,8 @@ class Roles:
             return
         closing = [worker.close.remote() for worker in self.reward]
         ray.wait(closing, num_returns=len(closing), timeout=10) if closing else None
-        for actor in [*self.rollout, *self.reward, *self.learners]:
-            ray.kill(actor)
+        for pool in (self.rollout, self.reward, self.learners):
+            pool.close()
         if self.owns_ray:
             ray.shutdown()
 

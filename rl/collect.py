@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from plumbline.errors import InputError
@@ -27,11 +28,13 @@ class Filled:
         groups: to train on, whole and of one size.
         graded: everything rolled out in this step, in the order asked for: dropped groups and screenings too.
         metrics: what the sampler did.
+        seconds: that filling the step took.
     """
 
     groups: list[Group]
     graded: list[Group]
     metrics: dict[str, float]
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Collector:
@@ -50,6 +53,16 @@ class Collector:
         self.config, self.roles, self.tasks = config, roles, tasks
         self.sampler = make_sampler(config, tasks)
         self.pending: dict[tuple[str, int], Group] = {}
+        self.to_leave_out: set[str] = set()
+
+    def leave_out(self, sample_ids: Iterable[str]) -> None:
+        """Draw these no more (quarantine), from the next step to be filled on. Raises ValueError if nothing would be left."""
+        self.to_leave_out |= set(sample_ids)
+        if len(self._left_out()) == len(self.sampler.sample_ids):
+            raise ValueError(f"all {len(self.sampler.sample_ids)} samples would be left out")
+
+    def _left_out(self) -> set[str]:
+        return self.sampler.left_out | (self.to_leave_out & set(self.sampler.place))
 
     def fill(self, step: int) -> Filled:
         """Roll out until rollout.prompts_per_step groups are kept, or selection.sampler.max_rounds is reached.
@@ -57,6 +70,8 @@ class Collector:
         A step of which nothing is kept trains on whole groups of what it rolled out, whose advantages are 0 unless the
         reward says more than right and wrong.
         """
+        began = time.monotonic()
+        self.sampler.leave_out(self.to_leave_out)
         size, whole = self.config.rollout.prompts_per_step, self.config.rollout.completions_per_prompt
         begun, self.pending = dict(self.pending), {}
         graded: list[Group] = []
@@ -89,7 +104,7 @@ class Collector:
             "selection/groups_kept": float(len(result.groups)),
             **{f"selection/{name}": value for name, value in self.sampler.metrics().items()},
         }
-        return Filled(kept, graded, metrics)
+        return Filled(kept, graded, metrics, time.monotonic() - began)
 
     def _roll_out(
         self, asked: list[tuple[Draw, int]], begun: Mapping[tuple[str, int], Group], step: int
@@ -121,7 +136,12 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides later steps, in JSON's types."""
-        return {**self.sampler.state_dict(), "pending": [asdict(group) for group in self.pending.values()]}
+        left_out = sorted(self._left_out())
+        return {
+            **self.sampler.state_dict(),
+            "left_out": left_out,
+            "pending": [asdict(group) for group in self.pending.values()],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where state_dict was taken. InputError for another sampler, seed or number of samples."""

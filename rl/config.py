@@ -87,6 +87,12 @@ class RolloutSection(Section):
         description="The learner divides logits by the same temperature. top-p/top-k do not exist in training: they bias the ratio.",
     )
     slots: PositiveInt = Field(256, description="Sequences decoded at once by a worker (cache slots).")
+    max_staleness_steps: int = Field(
+        0,
+        ge=0,
+        description="Rollout goes on while the learner learns: a completion's oldest token comes from weights at most so many "
+        "updates older than those that learn from it. 0: they take turns, and runs repeat bitwise.",
+    )
     timeout_seconds: float = Field(3600, gt=0, description="A step whose rollout takes longer is an error.")
 
 
@@ -128,6 +134,12 @@ class RewardSection(Section):
     processes_per_worker: PositiveInt = Field(1, description="Killable grading processes of each actor.")
     timeout_seconds: float = Field(2.0, gt=0, description="Time limit of one answer; its verdict is then `timeout`.")
     memory_gib: float = Field(0.5, gt=0, description="Memory limit of a grading process.")
+    group_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="A worker that grades one group for longer (a `shaping` of yours that hangs) is replaced; if the next one hangs on "
+        "it too, its verdicts are `timeout`. None: a minute more than twice what its answers may take.",
+    )
     shaping: str = Field(
         "binary",
         description="`binary` (1 / 0), `limr` (1 / -0.5 / -1), `dapo_overlong` (1 / -1 and DAPO's soft punishment of length), or "
@@ -141,6 +153,11 @@ class RewardSection(Section):
         False, description="Give a function with TRL's signature lists of messages; false: texts."
     )
     checking: CheckingSection = Field(default_factory=CheckingSection)
+
+    def group_limit_seconds(self, completions: int) -> float:
+        """group_timeout_seconds for groups of so many completions."""
+        rounds = -(-completions // self.processes_per_worker)
+        return self.group_timeout_seconds or 60 + 2 * rounds * self.timeout_seconds
 
 
 class ClippingSection(Section):
@@ -184,6 +201,9 @@ class LearnerSection(Section):
     liger: bool = Field(False, description="liger-kernel's fused norm, RoPE and SwiGLU (CUDA only; extra `liger`).")
     clipping: ClippingSection = Field(default_factory=ClippingSection)
     lora: LoraSection = Field(default_factory=LoraSection)
+    update_timeout_seconds: float = Field(
+        3600, gt=0, description="A training step's update that takes longer is an error."
+    )
     max_skipped_steps: int = Field(
         10,
         ge=0,
@@ -323,7 +343,19 @@ class SelectionSection(Section):
 class RaySection(Section):
     address: str | None = Field(None, description="None: a local cluster, or the job's own inside `ray job submit`.")
     dashboard: bool = Field(True, description="Ray's dashboard, on the loopback address only.")
-    start_timeout_seconds: float = Field(180, gt=0, description="Deadline for the cluster and every actor to come up.")
+    start_timeout_seconds: float = Field(
+        180, gt=0, description="Deadline for the cluster and every actor to come up, and for the learners to meet."
+    )
+    transfer_timeout_seconds: float = Field(
+        1800,
+        gt=0,
+        description="Deadline for loading a policy, for a weight sync, and for reading or writing a checkpoint.",
+    )
+    replacements_per_step: int = Field(
+        5,
+        ge=0,
+        description="Rollout (or reward) workers that may die in a step and be replaced; one more stops the run.",
+    )
     timeline_step: PositiveInt | None = Field(
         None, description="Write the calls of this training step as a Chrome trace, timeline-step-N.json."
     )
@@ -372,6 +404,11 @@ class RunConfig(Section):
     def overlong_buffer_tokens(self) -> int:
         return self.reward.overlong_buffer_tokens or max(1, self.rollout.max_new_tokens // 5)
 
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step."""
+        every = self.checkpoint.every_steps
+        return step == self.steps or bool(every and step % every == 0)
+
     @field_validator("output")
     @classmethod
     def _not_blank(cls, value: str | None) -> str | None:
@@ -390,6 +427,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"reward.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must not exceed "
                 f"rollout.max_new_tokens ({self.rollout.max_new_tokens})"
+            )
+        if self.rollout.max_staleness_steps and self.rollout.engine != "native":
+            raise ValueError(
+                f"rollout.max_staleness_steps ({self.rollout.max_staleness_steps}) needs rollout.engine native: "
+                "new weights must reach completions under way"
             )
         algorithm = self.algorithm
         if algorithm.correction.low > algorithm.correction.high:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from typing import Any
 def write_whole(path: Path, text: str) -> None:
     """Replace a file in one step: whenever the process is killed, the old or the new content is there."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
+    with writing(fresh):
+        fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
 
 
@@ -49,3 +52,14 @@ def disk_refusal(folder: Path) -> OSError | None:
     finally:
         probe.unlink(missing_ok=True)
     return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the block, a refusal of the system names the file: one that comes when a buffer is emptied does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise

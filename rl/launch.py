@@ -37,15 +37,17 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     print_plan(config, plan, len(tasks), console, title=f"plumbline train: {config.name}")
 
     from plumbline.rl.cluster import Roles
+    from plumbline.rl.faults import resumable
     from plumbline.rl.loop import train
 
     console.print("starting Ray and the workers …")
-    with Roles.start(config) as roles:
-        result = train(config, roles, tasks, console, resume=resume)
+    with resumable(config.folder):
+        with Roles.start(config) as roles:
+            result = train(config, roles, tasks, console, resume=resume)
 
-    from plumbline.rl.run_report import write_run_report
+        from plumbline.rl.run_report import write_run_report
 
-    write_run_report([config.folder], config.folder / "run.html")
+        write_run_report([config.folder], config.folder / "run.html")
     console.print(
         f"done: {result.steps} steps, {result.rollouts:,} rollouts in {result.seconds:.0f} s; policy in {result.policy}; "
         f"report: {config.folder / 'run.html'}",
@@ -74,10 +76,12 @@ def launch_pipeline(config: RunConfig, console: Console, *, resume: bool = False
         title=f"plumbline run: {config.name} (each arm; a pre-run of {config.selection.prerun_steps} steps comes first)",
     )
 
+    from plumbline.rl.faults import resumable
     from plumbline.rl.pipeline import accuracy_table, run_pipeline
 
     console.print("starting Ray and the workers …")
-    result = run_pipeline(config, console, resume=resume)
+    with resumable(config.folder):
+        result = run_pipeline(config, console, resume=resume)
     console.print(accuracy_table(result))
     console.print(
         f"{result.seconds:.0f} s, peak memory {result.peak_rss_mb:,.0f} MB; report: {config.folder / 'report.html'}, "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plumbline.errors import RunStopped
 from plumbline.models.load import load_policy
 from plumbline.models.policy import Policy
 from plumbline.models.value import ValueModel
@@ -26,7 +27,7 @@ from plumbline.rl.losses.ratio import importance_ratio
 from plumbline.rl.packing import Packed, completion_mask, microbatches, pack, padded
 
 
-class NonFiniteGradients(RuntimeError):
+class NonFiniteGradients(RunStopped):
     """More optimizer steps in a row than allowed had a NaN or Inf gradient."""
 
 

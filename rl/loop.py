@@ -6,15 +6,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
 from plumbline.errors import InputError
+from plumbline.rl.ahead import Ahead
 from plumbline.rl.checking import CheckingStage
 from plumbline.rl.checkpoint import CheckpointStore
 from plumbline.rl.cluster import Roles
 from plumbline.rl.collect import Collector
 from plumbline.rl.config import RunConfig
+from plumbline.rl.files import writing
 from plumbline.rl.records import CompletionLog, history_rows, state_metrics, step_metrics, training_batch
 from plumbline.rl.tasks import TaskSet
 from plumbline.rl.telemetry import Telemetry
@@ -37,8 +38,8 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     Everything lands in config.folder: history/, completions/, metrics.jsonl, tensorboard/, check.html, checkpoints/.
     With `resume`, work goes on from the newest intact checkpoint as if it had never stopped.
 
-    Raises InputError for a checkpoint that does not fit, TimeoutError when rollout outlasts its deadline,
-    NonFiniteGradients, and RewardsUnsound when the reward check stops the run.
+    Raises InputError for a checkpoint that does not fit, RunStopped when a role fails or a deadline passes (NonFiniteGradients
+    is one), OSError for a full disk, and RewardsUnsound when the reward check stops the run.
     """
     began = time.monotonic()
     folder = config.folder
@@ -47,7 +48,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     checkpoints = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     history = HistoryWriter(folder / "history", config.name)
     log = CompletionLog(folder / "completions")
-    checking = CheckingStage(config, roles.reward, collector.sampler, console)
+    checking = CheckingStage(config, roles.reward, collector, console)
 
     start = 0
     saved = checkpoints.latest(console) if resume else None
@@ -69,31 +70,36 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     policy_version = roles.sync()
 
     def checkpoint(step: int) -> None:
-        state = {"sampler": collector.state_dict(), "history_offset": history.offset, "samples": tasks.fingerprint}
+        state = {"sampler": ahead.state(step), "history_offset": history.offset, "samples": tasks.fingerprint}
         state |= {"checking": checking.state_dict(), "config": config.model_dump(mode="json")}
         checkpoints.begin(step, state, roles)
 
-    with Telemetry(config, start, console) as telemetry, checkpoints:
+    with (
+        Telemetry(config, start, console) as telemetry,
+        checkpoints,
+        Ahead(collector, config, start) as ahead,
+    ):
         for step in range(start + 1, config.steps + 1):
             clock = time.monotonic()
-            filled = collector.fill(step)
-            rollout_seconds = time.monotonic() - clock
-            history.append(history_rows(filled.graded, step))
+            roles.clock.lap()
+            filled = ahead.take(step)
+            with writing(history.folder):
+                history.append(history_rows(filled.graded, step))
             log.write(step, filled.graded)
 
             batch = training_batch(filled.groups)
             update = roles.update(batch)
             checked = checking.check(step, filled.graded)  # on the reward workers, while the learner works
-            metrics = ray.get(update)[0] | checked
+            metrics = update() | checked
             used_version, policy_version = policy_version, roles.sync()
+            ahead.trained(step)
 
-            step_seconds = time.monotonic() - clock
-            metrics |= state_metrics(filled.graded, len(tasks), used_version, rollout_seconds, step_seconds)
-            metrics |= filled.metrics | step_metrics(filled.graded, rollout_seconds, step_seconds)
-            metrics["policy_version"] = policy_version
+            metrics |= state_metrics(filled.graded, len(tasks), used_version, roles.clock.lap())
+            metrics |= filled.metrics | step_metrics(filled.graded, filled.seconds, time.monotonic() - clock)
+            metrics |= {"policy_version": policy_version, "replaced_workers": roles.replaced}
             telemetry.log(step, metrics)
             checkpoints.poll()
-            if step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+            if config.checkpoint_due(step):
                 checkpoint(step)  # its files are written while training goes on
             checking.enforce()
     history.close()

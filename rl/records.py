@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def step_metrics(groups: list[Group], rollout_seconds: float, step_seconds: floa
 
 
 def state_metrics(
-    groups: list[Group], samples: int, learner_version: int, rollout_seconds: float, step_seconds: float
+    groups: list[Group], samples: int, learner_version: int, stalls: Mapping[str, float]
 ) -> dict[str, float]:
     """How the step stood between its roles, and what selection has to choose from.
 
@@ -129,13 +130,16 @@ def state_metrics(
         groups: of the step.
         samples: in the training set.
         learner_version: of the weights that learnt from the groups.
-        rollout_seconds, step_seconds: of the step; here one role waits while the other works.
+        stalls: {role: seconds of the step in which its workers had nothing to do}.
     """
+    ages = [learner_version - group.policy_version for group in groups]
+    carried = [len(completion.versions) > 1 for group in groups for completion in group.completions]
     shares = [sum(group.correct) / len(group.correct) for group in groups]
     return {
-        "rollout/staleness": sum(learner_version - group.policy_version for group in groups) / len(groups),
-        "stall/learner_seconds": rollout_seconds,
-        "stall/rollout_seconds": max(0.0, step_seconds - rollout_seconds),
+        "rollout/staleness": sum(ages) / len(ages),
+        "rollout/staleness_max": float(max(ages)),
+        "rollout/carried_over": sum(carried) / len(carried),
+        **{f"stall/{role}_seconds": seconds for role, seconds in stalls.items()},
         "selection/epoch": float(max(group.prompt.epoch for group in groups)),
         "selection/samples": float(samples),
         "selection/solved": sum(share == 1 for share in shares) / len(shares),

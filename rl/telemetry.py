@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from plumbline.rl.config import RunConfig
-from plumbline.rl.files import read_rows
+from plumbline.rl.files import read_rows, writing
 from plumbline.rl.monitoring.publish import StepPublisher
 from plumbline.rl.monitoring.timeline import export_timeline
 from plumbline.rl.trackers import finite, open_trackers
@@ -35,9 +35,9 @@ class Telemetry:
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= start]
         self.file = self.path.open("w", encoding="utf-8")
-        for row in kept:
-            self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.writelines(json.dumps(row) + "\n" for row in kept)
+            self.file.flush()
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.trackers = open_trackers(
             config.tracking.trackers, config.tracking.project, label, folder, config.model_dump(mode="json")
@@ -64,8 +64,9 @@ class Telemetry:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step (counted from 1)."""
         row = {"step": step, "time": time.time(), **metrics}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         for tracker in self.trackers:
@@ -98,7 +99,8 @@ class Telemetry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.file.close()
+        with writing(self.path):  # what could not be written is tried again here
+            self.file.close()
         self.board.close()
         self.publisher.close()
         for tracker in self.trackers:

@@ -22,7 +22,7 @@ from plumbline.cli.run import run
 from plumbline.cli.scaling import scaling
 from plumbline.cli.select import select
 from plumbline.cli.train import train
-from plumbline.errors import InputError, RewardsUnsound
+from plumbline.errors import InputError, RewardsUnsound, RunStopped
 
 app = typer.Typer(
     name="plumbline",
@@ -72,6 +72,6 @@ def main() -> None:
     except (InputError, FileNotFoundError) as error:
         print(f"plumbline: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except RewardsUnsound as error:
+    except (RewardsUnsound, RunStopped) as error:
         print(f"plumbline: {error}", file=sys.stderr)
         raise SystemExit(1) from None

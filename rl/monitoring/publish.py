@@ -74,12 +74,15 @@ def actor_name() -> str:
     return ray.get_runtime_context().get_actor_name() or "unnamed"
 
 
-def watch_rollout(groups: Iterator[Group], prompts: int) -> Iterator[Group]:
-    """Pass groups on, counting what was generated and what is still to come."""
+def watch_rollout(groups: Iterator[Group | None], prompts: int) -> Iterator[Group | None]:
+    """Pass groups (and the pauses between them) on, counting what was generated and what is still to come."""
     tags = {"actor": actor_name()}
     queue = instrument("plumbline_rollout_queue_prompts")
     queue.set(prompts, tags=tags)
     for group in groups:
+        if group is None:
+            yield None
+            continue
         prompts -= 1
         queue.set(prompts, tags=tags)
         tokens = sum(len(completion.token_ids) for completion in group.completions)

@@ -37,6 +37,14 @@ class RolloutEngine(Protocol):
     def wake(self) -> None: ...
 
 
+class CarryingEngine(RolloutEngine, Protocol):
+    """One that takes new weights while completions are under way: the native engine."""
+
+    def generate_in_parts(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group | None]:
+        """As `generate`, with None in between whenever new weights may be loaded."""
+        ...
+
+
 def absolute_sum(tensors: Iterable[Tensor]) -> float:
     """Sum of absolute values in float64: equal on both sides of a transfer if it was whole."""
     import torch

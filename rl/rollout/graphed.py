@@ -69,6 +69,12 @@ class Decoder:
         state.keys[slots] = keys
         draw_tokens(logits.contiguous(), slots, state, temperature=self.temperature, limit=self.limit, advance=False)
 
+    def drawn(self, slots: list[int]) -> dict[int, list[int]]:
+        """Token ids drawn so far in each of these slots."""
+        where = torch.tensor(slots, device=self.policy.device)
+        counts, rows = self.state.counts[where].tolist(), self.state.drawn[where].tolist()
+        return {slot: row[:count] for slot, count, row in zip(slots, counts, rows, strict=True)}
+
     def advance(self, slots: list[int], steps: int) -> None:
         """`steps` more tokens for each of these slots; one that ends on the way stays as it is."""
         width = next((width for width in self.rows if width >= len(slots)), None)

@@ -35,6 +35,7 @@ class _Sequence:
     prompt: Prompt
     number: int
     key: int
+    versions: list[list[int]]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -114,6 +115,15 @@ class NativeEngine:
             completions: how many of each prompt.
             sampling: see Sampling.
         """
+        parts = self.generate_in_parts(prompts, completions, sampling)
+        yield from (group for group in parts if group is not None)
+
+    def generate_in_parts(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group | None]:
+        """As `generate`, with None in between: there load_weights may be called.
+
+        Completions under way are then carried on by the new weights, over a cache that they have computed anew; each
+        token's log-probability stays that of the weights which drew it, and Completion.versions says which those were.
+        """
         if not prompts:
             return
         # The device sampler has no top-p, which only evaluation asks for.
@@ -121,14 +131,20 @@ class NativeEngine:
         yield from loop(prompts, completions, sampling)
 
     @torch.no_grad()
-    def _generate_on_device(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+    def _generate_on_device(
+        self, prompts: list[Prompt], completions: int, sampling: Sampling
+    ) -> Iterator[Group | None]:
         longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
         decoder = self._decoder(max(self.slots, completions), longest, sampling)
         free = deque(range(decoder.slots))
         waiting = deque(prompts)
         running: dict[int, _Sequence] = {}
         done: dict[int, list[Completion | None]] = {prompt.index: [None] * completions for prompt in prompts}
+        version = self.version
         while waiting or running:
+            if version != self.version:
+                version = self.version
+                self._carry_on(decoder.cache, running, decoder.drawn(list(running)))
             while waiting and len(free) >= completions:
                 admitted: list[Prompt] = []
                 tokens = 0
@@ -148,6 +164,7 @@ class NativeEngine:
                 group = self._finish(sequence, done)
                 if group is not None:
                     yield group
+            yield None
 
     def _decoder(self, slots: int, longest: int, sampling: Sampling) -> Decoder:
         """The decoder of the last call, if this one's batch fits it."""
@@ -170,7 +187,9 @@ class NativeEngine:
         return self.decoder
 
     @torch.no_grad()
-    def _generate_step_by_step(self, prompts: list[Prompt], completions: int, sampling: Sampling) -> Iterator[Group]:
+    def _generate_step_by_step(
+        self, prompts: list[Prompt], completions: int, sampling: Sampling
+    ) -> Iterator[Group | None]:
         slots = max(self.slots, completions)
         longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
         cache = self.policy.new_cache(min(slots, completions * len(prompts)), longest)
@@ -179,8 +198,12 @@ class NativeEngine:
         running: dict[int, _Sequence] = {}
         done: dict[int, list[Completion | None]] = {prompt.index: [None] * completions for prompt in prompts}
         tokens = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        version = self.version
 
         while waiting or running:
+            if version != self.version:
+                version = self.version
+                self._carry_on(cache, running, {slot: sequence.token_ids for slot, sequence in running.items()})
             admitted: list[Prompt] = []
             while waiting and len(free) - completions * len(admitted) >= completions:
                 admitted.append(waiting.popleft())
@@ -209,18 +232,38 @@ class NativeEngine:
             if released:
                 cache.reset(torch.tensor(released, device=self.device))
                 free.extend(released)
+            yield None
+
+    def _carry_on(self, cache: PolicyCache, running: dict[int, _Sequence], drawn: dict[int, list[int]]) -> None:
+        """New weights go on with the sequences under way: they read each prompt and what was drawn so far, except the
+        last token, which the next step reads."""
+        waiting = deque(running.items())
+        while waiting:
+            slots: list[int] = []
+            ids: list[int] = []
+            ends = [0]
+            while waiting and (not slots or len(ids) + len(waiting[0][1].prompt.token_ids) <= PREFILL_TOKENS):
+                slot, sequence = waiting.popleft()
+                sequence.versions.append([len(drawn[slot]), self.version])
+                slots.append(slot)
+                ids += sequence.prompt.token_ids + drawn[slot][:-1]
+                ends.append(len(ids))
+            where = torch.tensor(slots, device=self.device)
+            cache.reset(where)
+            ends_tensor = torch.tensor(ends, dtype=torch.int32, device=self.device)
+            self.policy.prefill(cache, where, torch.tensor(ids, device=self.device), ends_tensor)
 
     def _finish(self, sequence: _Sequence, done: dict[int, list[Completion | None]]) -> Group | None:
         """Enter a completion; its group, if it was the last."""
         ended = sequence.token_ids[-1] in self.codec.end_ids
         group = done[sequence.prompt.index]
         text = self.codec.decode(sequence.token_ids)
-        group[sequence.number] = Completion(sequence.token_ids, sequence.logprobs, text, truncated=not ended)
+        group[sequence.number] = Completion(sequence.token_ids, sequence.logprobs, text, not ended, sequence.versions)
         whole = [completion for completion in group if completion is not None]
         if len(whole) < len(group):
             return None
         del done[sequence.prompt.index]
-        return Group(sequence.prompt, whole, self.version)
+        return Group(sequence.prompt, whole, min(completion.versions[0][1] for completion in whole))
 
     def _admit(
         self,
@@ -237,7 +280,8 @@ class NativeEngine:
             for number in range(completions):
                 slot = free.popleft()
                 slot_ids.append(slot)
-                running[slot] = _Sequence(prompt, number, sequence_key(sampling.seed, prompt, number))
+                key = sequence_key(sampling.seed, prompt, number)
+                running[slot] = _Sequence(prompt, number, key, [[0, self.version]])
         firsts = slot_ids[::completions]
         ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=self.device)
         ends = torch.tensor([0] + [len(prompt.token_ids) for prompt in prompts], device=self.device).cumsum(0).int()

@@ -11,10 +11,13 @@ from plumbline.errors import InputError, RewardsUnsound
 from plumbline.rl.actors import RewardWorker
 from plumbline.rl.batch import Completion, Group, Prompt
 from plumbline.rl.checking import CheckingStage, WorkersOpinion
-from plumbline.rl.cluster import start_ray
 from plumbline.rl.config import parse_config
+from plumbline.rl.connect import start_ray
+from plumbline.rl.pool import Pool
 from plumbline.rl.tasks import leave_out
 from plumbline.selection.samplers import UniformSampler
+
+LIMIT = ("ray.start_timeout_seconds", 180.0)
 
 
 def config(folder, **checking):
@@ -27,7 +30,7 @@ def config(folder, **checking):
 def workers(tmp_path_factory):
     cfg = config(tmp_path_factory.mktemp("cluster"))
     ours = start_ray(cfg)
-    made = [RewardWorker.options(num_cpus=0).remote(cfg) for _ in range(2)]
+    made = Pool("reward", 2, lambda *_: RewardWorker.options(num_cpus=0).remote(cfg), LIMIT)
     yield made
     ray.get([worker.close.remote() for worker in made])
     if ours:
@@ -53,8 +56,8 @@ def stage(folder, workers, **checking):
 
 def test_opinions_come_back_in_order(workers):
     pairs = [(str(n), str(n if n % 3 else n + 1)) for n in range(11)]
-    assert [v.correct for v in WorkersOpinion(workers).compare_many(pairs)] == [n % 3 != 0 for n in range(11)]
-    assert WorkersOpinion(workers).compare_many([]) == []
+    assert [v.correct for v in WorkersOpinion(workers, LIMIT).compare_many(pairs)] == [n % 3 != 0 for n in range(11)]
+    assert WorkersOpinion(workers, LIMIT).compare_many([]) == []
 
 
 def test_sound_groups_go_on(workers, tmp_path):

@@ -39,7 +39,7 @@ class Unfinished:
 
     step: int
     folder: Path
-    state: dict[str, Any]
+    state: str
     writer: Writer
 
 
@@ -71,13 +71,14 @@ class CheckpointStore:
         Raises OSError when that one, or the start of this one, could not be written.
         """
         self.poll(wait=True)
+        text = json.dumps({"step": step, **state})  # now: training goes on, and the state may be its own lists
         for left in self.folder.glob("partial-*"):  # by a killed process, which may still be at it: hence the odd name
             shutil.rmtree(left, ignore_errors=True)
         partial = self.folder / f"partial-{step:06d}-{uuid.uuid4().hex[:8]}"
         with self._reported(step, partial):
             partial.mkdir(parents=True)
             writer.save(partial)
-        self.unfinished = Unfinished(step, partial, {"step": step, **state}, writer)
+        self.unfinished = Unfinished(step, partial, text, writer)
 
     def poll(self, *, wait: bool = False) -> None:
         """Give the checkpoint that is being written its name if it is whole; with `wait`, once it is.
@@ -91,7 +92,7 @@ class CheckpointStore:
             sums = self.unfinished.writer.written(wait=wait)
             if sums is None:
                 return
-            (partial / STATE).write_text(json.dumps(self.unfinished.state), encoding="utf-8")
+            (partial / STATE).write_text(self.unfinished.state, encoding="utf-8")
             sums = {**sums, STATE: sha256(partial / STATE)}
             (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1, sort_keys=True), encoding="utf-8")
             self.newest = self.folder / f"step-{step:06d}"

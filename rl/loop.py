@@ -75,6 +75,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
         checkpoints.begin(step, state, roles)
 
     with (
+        history,
         Telemetry(config, start, console) as telemetry,
         checkpoints,
         Ahead(collector, config, start) as ahead,
@@ -102,6 +103,5 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             if config.checkpoint_due(step):
                 checkpoint(step)  # its files are written while training goes on
             checking.enforce()
-    history.close()
     assert checkpoints.newest is not None  # a checkpoint is written at the last step, or was resumed from
     return TrainingResult(checkpoints.newest / "policy", config.steps, history.offset, time.monotonic() - began)

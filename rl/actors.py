@@ -17,7 +17,6 @@ from plumbline.rewards.verdict import Verdict
 from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
 from plumbline.rl.config import RunConfig
 from plumbline.rl.faults import Place, own_place
-from plumbline.rl.files import disk_refusal
 from plumbline.rl.monitoring.publish import actor_name, watch_grading, watch_rollout, watch_update
 
 if TYPE_CHECKING:
@@ -201,18 +200,14 @@ class LearnerWorker(_Actor):
         return {"version": self.learner.version, "arrays": ray.put(arrays), "checksum": checksum}
 
     def save(self, folder: str) -> None:
-        """Write folder/policy (a Hugging Face folder with tokenizer and prompt style) and folder/learner.pt.
-
-        Raises OSError when the disk is full.
-        """
+        """Copy the state and start to write folder/policy, folder/learner and folder/learner.pt; see learner_state."""
         from plumbline.rl import learner_state
 
-        try:
-            learner_state.save(self.learner, Path(folder))
-            if self.ranks.rank == 0:
-                self.codec.save(Path(folder) / "policy")
-        except Exception as error:
-            refusal = disk_refusal(Path(folder))
-            if refusal is not None:
-                raise refusal from error
-            raise
+        if self.ranks.rank == 0:
+            (Path(folder) / "policy").mkdir(parents=True, exist_ok=True)
+            self.codec.save(Path(folder) / "policy")
+        self.saving = learner_state.Saving(self.learner, Path(folder))
+
+    def written(self, wait: bool) -> dict[str, str] | None:
+        """Of the last `save`: see learner_state.Saving.written."""
+        return self.saving.written(wait=wait)

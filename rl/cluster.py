@@ -141,8 +141,13 @@ class Roles:
         gather(self._learn("load", (str(folder.resolve()),)), self._transfer(), f"loading {folder}")
 
     def save(self, folder: Path) -> None:
-        """Learner's state into a checkpoint."""
-        gather(self._learn("save", (str(folder.resolve()),)), self._transfer(), f"writing {folder}")
+        """Copy the learner's state and start to write it into a checkpoint."""
+        gather(self._learn("save", (str(folder.resolve()),)), self._transfer(), f"copying the state for {folder}")
+
+    def written(self, *, wait: bool) -> dict[str, str] | None:
+        """SHA-256 by path of what the last `save` wrote, once all is; None until then. Raises what kept it from that."""
+        parts = gather(self._learn("written", (wait,)), self._transfer(), "writing the checkpoint")
+        return None if None in parts else {name: value for part in parts for name, value in part.items()}
 
     def begin(self, config: RunConfig) -> None:
         """Load the run's starting policy everywhere."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from plumbline.models.policy import Policy
 from plumbline.models.value import ValueModel
@@ -19,15 +19,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the learner's processes; one alone needs no process group."""
+    """This process among the learner's processes; one alone needs no process group.
+
+    Attributes:
+        files: process group on the CPU in which the ranks agree on files while the default one trains; None for one rank.
+    """
 
     rank: int = 0
     size: int = 1
+    files: Any = None
 
     @classmethod
     def join(cls, rank: int, size: int, address: str, device: str, timeout_seconds: float) -> Ranks:
         """Meet the others at tcp://`address`; raises torch's DistStoreError when they do not come in time."""
-        if size > 1 and not dist.is_initialized():
+        if size == 1:
+            return cls(rank, size)
+        if not dist.is_initialized():
             dist.init_process_group(
                 "nccl" if device.startswith("cuda") else "gloo",
                 init_method=f"tcp://{address}",
@@ -35,7 +42,7 @@ class Ranks:
                 world_size=size,
                 timeout=timedelta(seconds=timeout_seconds),
             )
-        return cls(rank, size)
+        return cls(rank, size, dist.new_group(backend="gloo"))
 
     def share(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
         """This rank's parts, as many on every rank: (part, whether it counts). Surplus places repeat the first part.
@@ -90,31 +97,3 @@ class Ranks:
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a shard (every rank must call), or the tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """state_dict with full tensors on the CPU; every rank must call."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
-
-
-def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy full tensors into a model that may be sharded. Names and shapes must be the model's."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    tensors: dict[str, Any] = dict(state)
-    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=True))
-
-
-def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Optimizer state by parameter name, full tensors on the CPU: it loads into any number of processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(model, optimizer, options=options)
-
-
-def load_whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """What whole_optimizer_state returned, into this process's shards."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -69,13 +69,17 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     log.drop_after(start)
     policy_version = roles.sync()
 
-    def checkpoint(step: int) -> Path:
+    def checkpoint(step: int) -> None:
         state = {"sampler": ahead.state(step), "history_offset": history.offset, "samples": tasks.fingerprint}
         state |= {"checking": checking.state_dict(), "config": config.model_dump(mode="json")}
-        return checkpoints.save(step, state, roles.save)
+        checkpoints.begin(step, state, roles)
 
-    newest = saved[0] if saved is not None else None
-    with history, Telemetry(config, start, console) as telemetry, Ahead(collector, config, start) as ahead:
+    with (
+        history,
+        Telemetry(config, start, console) as telemetry,
+        checkpoints,
+        Ahead(collector, config, start) as ahead,
+    ):
         for step in range(start + 1, config.steps + 1):
             clock = time.monotonic()
             roles.clock.lap()
@@ -95,8 +99,9 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             metrics |= filled.metrics | step_metrics(filled.graded, filled.seconds, time.monotonic() - clock)
             metrics |= {"policy_version": policy_version, "replaced_workers": roles.replaced}
             telemetry.log(step, metrics)
+            checkpoints.poll()
             if config.checkpoint_due(step):
-                newest = checkpoint(step)
+                checkpoint(step)  # its files are written while training goes on
             checking.enforce()
-    assert newest is not None  # a checkpoint is written at the last step, or was resumed from
-    return TrainingResult(newest / "policy", config.steps, history.offset, time.monotonic() - began)
+    assert checkpoints.newest is not None  # a checkpoint is written at the last step, or was resumed from
+    return TrainingResult(checkpoints.newest / "policy", config.steps, history.offset, time.monotonic() - began)

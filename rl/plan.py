@@ -24,6 +24,7 @@ class Plan:
         learner: weights, gradients and AdamW's two moments in float32, reference policy and critic if any, one microbatch.
         rollout: weights and cache of one worker.
         transfer: weights in the object store while they pass.
+        checkpoint: copy in the host's memory of what is being written.
         disk: checkpoints and completions that will be on disk at once.
         rollouts: completions of one training run.
         tokens_per_step: completion tokens of a step at most.
@@ -33,13 +34,14 @@ class Plan:
     learner: int
     rollout: int
     transfer: int
+    checkpoint: int
     disk: int
     rollouts: int
     tokens_per_step: int
 
     @property
     def memory(self) -> int:
-        return self.learner + self.transfer + self.rollout
+        return self.learner + self.transfer + self.rollout + self.checkpoint
 
 
 def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
@@ -62,14 +64,16 @@ def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
     trained = 4 * parameters if lora else 16 * parameters
     rollouts = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
     tokens = rollouts * config.rollout.max_new_tokens
-    checkpoints = (12 * parameters + critic) * (config.checkpoint.keep + 1)
+    # policy/, and what training goes on from: weights and two moments (adapters left out again).
+    checkpoint = (4 if lora else 16) * parameters + (12 * parameters if critic else 0)
     completions = config.steps * (tokens * 4 + rollouts * 1024)
     return Plan(
         parameters=parameters,
         learner=trained + reference + critic + activations + logits,
         rollout=rollout_width * parameters + cache,
         transfer=rollout_width * parameters,
-        disk=training_runs * (checkpoints + completions),
+        checkpoint=checkpoint,
+        disk=training_runs * (checkpoint * (config.checkpoint.keep + 1) + completions),
         rollouts=rollouts * config.steps,
         tokens_per_step=tokens,
     )
@@ -113,7 +117,8 @@ def print_plan(config: RunConfig, plan: Plan, samples: int, console: Console, *,
     table.add_row(
         "memory",
         f"at most about {plan.memory / 1e9:.2f} GB for tensors: learner {plan.learner / 1e9:.2f}, "
-        f"each rollout worker {plan.rollout / 1e9:.2f}, weights in transit {plan.transfer / 1e9:.2f}",
+        f"each rollout worker {plan.rollout / 1e9:.2f}, weights in transit {plan.transfer / 1e9:.2f}, "
+        f"a checkpoint being written {plan.checkpoint / 1e9:.2f}",
     )
     table.add_row("output", f"{config.folder}, at most about {plan.disk / 1e9:.2f} GB")
     console.print(table)

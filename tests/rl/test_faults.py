@@ -394,6 +394,7 @@ def start(cfg_path, *more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_a_run_that_goes_on(straight, policy_path, tmp_path, fault):
     """The processes that it started go with it, and what it had written after its checkpoint is not counted twice."""
     settings = tree(policy_path, tmp_path / "run", steps=3)

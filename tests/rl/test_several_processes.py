@@ -246,3 +246,36 @@ def test_a_run_of_two_of_each_role_equals_one_of_one(policy, algorithm, policies
         assert a["learner/gradient_norm"] > 0
     before = load_policy(policies[policy], dtype=torch.float32).state_dict()
     assert distance(*after) < 1e-3 * distance(before, after[0])
+
+
+def trained(roles, cfg, batches, folder, *, load=None):
+    """Train the actors on batches, from a checkpoint if there is one, and save; their whole policy."""
+    ray.get([learner.begin.remote(cfg) for learner in roles.learners])
+    if load is not None:
+        ray.get([learner.load.remote(str(load)) for learner in roles.learners])
+    for batch in batches:
+        ray.get([learner.update.remote(batch) for learner in roles.learners], timeout=300)
+    ray.get([learner.save.remote(str(folder)) for learner in roles.learners])
+    parts = ray.get([learner.written.remote(True) for learner in roles.learners])
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    # Every file is summed, and by one process.
+    assert sorted(name for part in parts for name in part) == names
+    return load_policy(str(folder / "policy"), dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("case", ["ppo, adagc", "nsa, adapters"])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(case, policies, roles, alone, tmp_path):
+    policy, algorithm, learner = {
+        "ppo, adagc": ("full", PPO, {"clipping": ADAGC, "warmup_steps": 3}),
+        "nsa, adapters": ("nsa", {}, {"lora": {"rank": 4}, "warmup_steps": 3}),
+    }[case]
+    one, two = (config(policies[policy], workers=n, algorithm=algorithm, learner=learner) for n in (1, 2))
+    first, last = [batch(0), batch(1)], [batch(2), batch(3)]
+    straight = trained(alone, one, first + last, tmp_path / "straight")
+    trained(roles, two, first, tmp_path / "two")
+    trained(alone, one, first, tmp_path / "one")
+    fewer = trained(alone, one, last, tmp_path / "fewer", load=tmp_path / "two")
+    more = trained(roles, two, last, tmp_path / "more", load=tmp_path / "one")
+    before = load_policy(policies[policy], dtype=torch.float32).state_dict()
+    for after in (fewer, more):
+        assert distance(after, straight) < 1e-4 * distance(before, straight)

@@ -21,6 +21,7 @@ from plumbline.rl.clock import WorkClock
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
 from plumbline.rl.loop import train
+from plumbline.rl.rollout import native
 from plumbline.rl.rollout.native import NativeEngine
 from plumbline.rl.tasks import training_tasks
 from plumbline.rl.telemetry import read_metrics
@@ -161,12 +162,16 @@ def logprobs(policy, prompt, completion):
     return logits[first:-1].gather(-1, ids[first + 1 :, None]).squeeze(-1)
 
 
-@pytest.mark.parametrize(("attention", "on_device"), [("full", False), ("nsa", False), ("full", True)])
-def test_new_weights_carry_completions_on(attention, on_device, paths):
+@pytest.mark.parametrize(
+    ("attention", "on_device"),
+    [("full", False), ("nsa", False), pytest.param("full", True, marks=pytest.mark.slow)],
+)
+def test_new_weights_carry_completions_on(attention, on_device, paths, monkeypatch):
     """Each token's log-probability is that of the weights which drew it, on everything before it; Completion.versions says
     which those were. With the same weights under a new version nothing changes."""
     if on_device and torch.cuda.is_available():
         pytest.skip("the kernels' interpreter needs a machine without CUDA")
+    monkeypatch.setattr(native, "STEPS_PER_LOOK", 6)  # completions under way must be there at a look
     plain = answered(engine(paths[attention], on_device).generate(PROMPTS, 2, SAMPLING))
 
     def weights(policy):

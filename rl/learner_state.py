@@ -122,9 +122,9 @@ def load(learner: Learner, folder: Path) -> None:
     saved: dict[str, Any] = dict(metadata)
     for name, model, _ in _trained(learner):
         prefix = f"{name}."
-        there = {key.removeprefix(prefix): entry.size for key, entry in saved.items() if key.startswith(prefix)}
+        sizes = {key.removeprefix(prefix): entry.size for key, entry in saved.items() if key.startswith(prefix)}
         path = learner.config.policy.path if name == "policy" else "the critic's decoder"
-        check_shapes(there, {key: tensor.shape for key, tensor in _trainable(model).items()}, folder, path)
+        check_shapes(sizes, {key: tensor.shape for key, tensor in _trainable(model).items()}, folder, path)
     _make_moments(learner, saved)
     dcp.load(
         _tensors(learner),

@@ -25,9 +25,9 @@ import torch
 from plumbline.models.policy import Policy
 from plumbline.rl import coldstart
 from plumbline.rl.clipping import make_clipper
-from plumbline.rl.config import ClippingSection
 from plumbline.rl.logprobs import token_logprobs
 from plumbline.rl.procedural import generate
+from plumbline.rl.sections import ClippingSection
 
 METHODS = {
     "none": ClippingSection(method="none"),

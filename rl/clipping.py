@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from plumbline.rl.adagc import AdaptiveGradientClipper
-from plumbline.rl.config import ClippingSection
 from plumbline.rl.distributed import whole
+from plumbline.rl.sections import ClippingSection
 from plumbline.rl.zclip import ZScoreClipper
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from plumbline.rl import advantages as estimators
 from plumbline.rl.batch import TrainingBatch
-from plumbline.rl.config import AlgorithmSection
 from plumbline.rl.losses import kl_penalty, rollout_correction
+from plumbline.rl.sections import AlgorithmSection
 
 
 @dataclass(frozen=True)

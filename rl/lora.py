@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plumbline.errors import InputError
-from plumbline.rl.config import LoraSection
+from plumbline.rl.sections import LoraSection
 
 
 def add_adapters(policy: nn.Module, settings: LoraSection) -> None:

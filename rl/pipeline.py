@@ -14,12 +14,13 @@ from rich.table import Table
 from plumbline.errors import InputError
 from plumbline.rl.batch import Sampling
 from plumbline.rl.cluster import Roles
-from plumbline.rl.config import RunConfig, SamplerSection
+from plumbline.rl.config import RunConfig
 from plumbline.rl.evaluation import Evaluation, evaluate, finished_evaluation
 from plumbline.rl.files import write_whole
 from plumbline.rl.loop import TrainingResult, train
 from plumbline.rl.memory import MemoryWatch
 from plumbline.rl.report import write_report
+from plumbline.rl.sections import SamplerSection
 from plumbline.rl.selecting import Selected, arms, select, whole_epochs
 from plumbline.rl.tasks import TaskSet, evaluation_tasks, training_tasks
 from plumbline.rl.text import Codec

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from plumbline.errors import InputError
-from plumbline.rl.config import DataSection, EvaluationSection, RunConfig
+from plumbline.rl.config import RunConfig
 from plumbline.rl.data import DataReport, Problem, load_problems
+from plumbline.rl.sections import DataSection, EvaluationSection
 
 
 class Encoder(Protocol):

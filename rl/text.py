@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plumbline.errors import InputError
 from plumbline.models.load import load_tokenizer, policy_folder
-from plumbline.rl.config import PromptSection
+from plumbline.rl.sections import PromptSection
 
 PROMPT_FILE = "prompt.json"
 # What most maths checkpoints were trained to be asked.

@@ -15,10 +15,15 @@ from plumbline.selection.history import HistoryWriter, count_rows
 
 MEASURE = textwrap.dedent(
     """
-    import json, resource, sys, time
+    import json, sys, time
+    from pathlib import Path
     from plumbline.selection import lim
     from plumbline.selection.history import curves, iterate_history
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def peak():  # KiB; ru_maxrss would begin with the parent's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    base = peak()
     began = time.perf_counter()
     if sys.argv[2] == "score":
         ids, table = curves(sys.argv[1])
@@ -27,8 +32,7 @@ MEASURE = textwrap.dedent(
     else:
         found = sum(batch.num_rows for batch in iterate_history(sys.argv[1]))
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"found": found, "seconds": seconds, "mib": (peak - base) / 1024}))
+    print(json.dumps({"found": found, "seconds": seconds, "mib": (peak() - base) / 1024}))
     """
 )
 

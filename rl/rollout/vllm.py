@@ -30,7 +30,7 @@ class VLLMEngine:
         attention: None, or what the checkpoint already has: vLLM converts nothing.
         codec: turns token ids into text and knows the end token.
         slots: sequences decoded at once.
-        max_length: tokens of a prompt and its completion.
+        max_length: tokens of a prompt and its completion; at most those that the policy has positions for.
         dtype: of weights and cache.
         memory_share: of the GPU's memory that vLLM may take; without a GPU, of the free memory that its cache may.
         seed: of what draws without one of its own.
@@ -69,6 +69,7 @@ class VLLMEngine:
             )
         self.codec, self.version, self.sleeps = codec, 0, sleeps
         config, folder = policy_config(path), policy_folder(path)
+        max_length = min(max_length, config.max_position_embeddings)  # beyond which vLLM starts no model
         if torch.cuda.is_available():
             device: dict[str, Any] = {"gpu_memory_utilization": memory_share}
         else:

@@ -49,7 +49,9 @@ def engine(request, tmp_path_factory):
     for parameter in policy.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     policy.save_pretrained(folder)
-    return NativeEngine(str(folder), attention=None, codec=PlainCodec(), slots=24, device="cuda")
+    made = NativeEngine(str(folder), attention=None, codec=PlainCodec(), slots=24, device="cuda")
+    made.on_device = True
+    return made
 
 
 def prompts(count=7):

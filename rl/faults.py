@@ -112,6 +112,7 @@ def gather(calls: Sequence[tuple[Place, Any]], limit: tuple[str, float], doing: 
     places = {reference: place for place, reference in calls}
     waiting = list(places)
     deadline = time.monotonic() + seconds
+    results: dict[Any, Any] = {}
     failures: dict[Any, RayError] = {}
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
@@ -119,7 +120,7 @@ def gather(calls: Sequence[tuple[Place, Any]], limit: tuple[str, float], doing: 
             break
         for reference in ready:
             try:
-                ray.get(reference)
+                results[reference] = ray.get(reference)
             except RayError as error:
                 if not failures:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -137,7 +138,7 @@ def gather(calls: Sequence[tuple[Place, Any]], limit: tuple[str, float], doing: 
         raise DeadlinePassed(
             f"{doing}: no answer from {names} within {setting} = {seconds:g} s; {places[waiting[0]].last_words()}"
         )
-    return [ray.get(reference) for _, reference in calls]
+    return [results[reference] for _, reference in calls]
 
 
 @contextmanager

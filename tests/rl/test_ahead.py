@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from plumbline.errors import InputError, RunStopped
 from plumbline.models.load import load_policy, load_tokenizer, policy_config
@@ -20,13 +19,12 @@ from plumbline.rl.batch import Prompt, Sampling
 from plumbline.rl.clock import WorkClock
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
-from plumbline.rl.loop import train
 from plumbline.rl.rollout import native
 from plumbline.rl.rollout.native import NativeEngine
-from plumbline.rl.tasks import training_tasks
 from plumbline.rl.telemetry import read_metrics
 from plumbline.rl.text import Codec
 from plumbline.selection.history import read_history
+from plumbline.testing import train_quietly
 
 
 def config(policy_path, output, staleness, **rollout):
@@ -220,12 +218,6 @@ def roles(policy_path, tmp_path_factory):
         yield roles
 
 
-def run(cfg, roles, *, resume=False):
-    tasks, _ = training_tasks(cfg, Codec(cfg.policy.path, overrides=cfg.prompt))
-    cfg.folder.mkdir(parents=True, exist_ok=True)
-    return train(cfg, roles, tasks, Console(quiet=True), resume=resume)
-
-
 def drawn(cfg):
     """Which samples were seen when, whatever was answered."""
     return read_history(cfg.folder / "history").select(["step", "epoch", "sample_id", "rollout"])
@@ -234,7 +226,7 @@ def drawn(cfg):
 @pytest.fixture(scope="module")
 def in_turns(policy_path, roles, tmp_path_factory):
     cfg = config(policy_path, tmp_path_factory.mktemp("turns"), 0)
-    run(cfg, roles)
+    train_quietly(cfg, roles)
     return cfg
 
 
@@ -254,7 +246,7 @@ def test_a_slow_learner_learns_from_weights_within_the_bound(
     staleness, in_turns, roles, policy_path, tmp_path, slow_learner
 ):
     cfg = config(policy_path, tmp_path, staleness)
-    run(cfg, roles)
+    train_quietly(cfg, roles)
     rows = read_metrics(cfg.folder)
     oldest = [row["rollout/staleness_max"] for row in rows]
     assert max(oldest) <= staleness
@@ -274,7 +266,7 @@ def test_a_slow_learner_learns_from_weights_within_the_bound(
 
 def test_a_slow_rollout_is_carried_on_by_new_weights(in_turns, roles, policy_path, tmp_path):
     cfg = config(policy_path, tmp_path, 1, max_new_tokens=120)
-    run(cfg, roles)
+    train_quietly(cfg, roles)
     rows = read_metrics(cfg.folder)
     assert len(rows) == cfg.steps
     assert max(row["rollout/staleness_max"] for row in rows) == 1
@@ -298,9 +290,9 @@ def test_a_stopped_run_goes_on_with_every_sample_once(
     with monkeypatch.context() as patch:
         patch.setattr(cluster.Roles, "update", stops)
         with pytest.raises(RunStopped, match="gone"):
-            run(cfg, roles)
+            train_quietly(cfg, roles)
     assert not roles.stop.is_set()
-    run(cfg, roles, resume=True)
+    train_quietly(cfg, roles, resume=True)
     assert [row["step"] for row in read_metrics(cfg.folder)] == list(range(1, 7))
     assert max(row["rollout/staleness_max"] for row in read_metrics(cfg.folder)) <= 2
     assert drawn(cfg).equals(drawn(in_turns))
@@ -318,7 +310,7 @@ def test_a_worker_killed_between_updates_costs_no_sample(in_turns, roles, policy
 
     before = roles.replaced
     monkeypatch.setattr(cluster.Roles, "update", kills)
-    run(cfg, roles)
+    train_quietly(cfg, roles)
     assert roles.replaced == before + 1
     assert read_metrics(cfg.folder)[-1]["replaced_workers"] == roles.replaced
     assert max(row["rollout/staleness_max"] for row in read_metrics(cfg.folder)) <= 2

@@ -4,16 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from plumbline.models.load import load_policy
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import load_config
-from plumbline.rl.loop import train
-from plumbline.rl.tasks import training_tasks
 from plumbline.rl.telemetry import read_metrics
-from plumbline.rl.text import Codec
 from plumbline.selection.history import read_history
+from plumbline.testing import train_quietly
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "algorithms").glob("*.yaml"))
 TINY = [
@@ -43,9 +40,7 @@ def roles(tmp_path_factory):
 
 def run(path, roles, output, *overrides):
     config = load_config(path, [*TINY, f"output={output}", *overrides])
-    tasks, _ = training_tasks(config, Codec(config.policy.path, overrides=config.prompt))
-    config.folder.mkdir(parents=True, exist_ok=True)
-    result = train(config, roles, tasks, Console(quiet=True))
+    result = train_quietly(config, roles)
     return result, read_metrics(config.folder), config
 
 

@@ -17,7 +17,6 @@ import pytest
 import ray
 import torch
 import yaml
-from rich.console import Console
 
 from plumbline.errors import RunStopped
 from plumbline.models.load import load_policy
@@ -28,11 +27,9 @@ from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
 from plumbline.rl.faults import DeadlinePassed, RoleFailed, gather, resumable
 from plumbline.rl.learner import NonFiniteGradients
-from plumbline.rl.loop import train
 from plumbline.rl.records import training_batch
-from plumbline.rl.tasks import training_tasks
-from plumbline.rl.text import Codec
 from plumbline.selection.history import read_history
+from plumbline.testing import changed, train_quietly
 
 # What the reward of these runs does is in a file, so that one cluster serves every test.
 REWARD = """
@@ -80,10 +77,7 @@ def tree(policy_path, output, **changes):
         "checkpoint": {"every_steps": 1, "keep": 3},
         "ray": {"dashboard": False, "replacements_per_step": 2, "start_timeout_seconds": 400},
     }
-    for dotted, value in changes.items():
-        section, _, name = dotted.partition("__")
-        made[section] = {**made.get(section, {}), name: value} if name else value
-    return made
+    return changed(made, **changes)
 
 
 def config(*arguments, **changes):
@@ -114,16 +108,10 @@ def roles(policy_path, fault, tmp_path_factory):
         yield roles
 
 
-def run(cfg, roles, *, resume=False):
-    tasks, _ = training_tasks(cfg, Codec(cfg.policy.path, overrides=cfg.prompt))
-    cfg.folder.mkdir(parents=True, exist_ok=True)
-    return train(cfg, roles, tasks, Console(quiet=True), resume=resume)
-
-
 @pytest.fixture(scope="module")
 def straight(policy_path, roles, tmp_path_factory):
     cfg = config(policy_path, tmp_path_factory.mktemp("straight"))
-    return cfg, run(cfg, roles)
+    return cfg, train_quietly(cfg, roles)
 
 
 def same(straight, cfg, result):
@@ -170,7 +158,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_counted_twice(
     victim, replaced = pool.places[0].pid, pool.replaced
     cfg = config(policy_path, tmp_path)
     with at_step(monkeypatch, 2, lambda: os.kill(victim, signal.SIGKILL)):
-        result = run(cfg, roles)
+        result = train_quietly(cfg, roles)
     assert pool.replaced == replaced + 1
     assert pool.places[0].pid != victim
     assert re.search(
@@ -231,9 +219,9 @@ def test_a_killed_learner_stops_the_run_and_another_goes_on(straight, roles, pol
             pytest.raises(RunStopped, match=match),
             resumable(cfg.folder),
         ):
-            run(cfg, others)
+            train_quietly(cfg, others)
         assert "RoleFailed" in (cfg.folder / "failure.txt").read_text()
-    same(straight, cfg, run(cfg, roles, resume=True))
+    same(straight, cfg, train_quietly(cfg, roles, resume=True))
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_then_stop_the_run(roles, policy_path, tmp_path):
@@ -273,9 +261,9 @@ def test_a_checkpoint_the_disk_refuses(straight, roles, policy_path, tmp_path, m
             pytest.raises(RunStopped, match=match),
             resumable(cfg.folder),
         ):
-            run(cfg, roles)
+            train_quietly(cfg, roles)
     assert [path.name for path in (cfg.folder / "checkpoints").iterdir()] == ["step-000001"]
-    same(straight, cfg, run(cfg, roles, resume=True))
+    same(straight, cfg, train_quietly(cfg, roles, resume=True))
 
 
 needs_a_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
@@ -291,9 +279,9 @@ def test_completions_that_the_disk_refuses_stop_the_run(straight, roles, policy_
         pytest.raises(RunStopped, match=match),
         resumable(cfg.folder),
     ):
-        run(cfg, roles)
+        train_quietly(cfg, roles)
     path.unlink()
-    same(straight, cfg, run(cfg, roles, resume=True))
+    same(straight, cfg, train_quietly(cfg, roles, resume=True))
 
 
 def test_a_history_that_the_disk_refuses_stops_the_run(straight, roles, policy_path, tmp_path, monkeypatch):
@@ -305,8 +293,8 @@ def test_a_history_that_the_disk_refuses_stops_the_run(straight, roles, policy_p
         pytest.raises(RunStopped, match=r"File too large; --resume goes on from .*step-000001"),
         resumable(cfg.folder),
     ):
-        run(cfg, roles)
-    same(straight, cfg, run(cfg, roles, resume=True))
+        train_quietly(cfg, roles)
+    same(straight, cfg, train_quietly(cfg, roles, resume=True))
 
 
 @needs_a_full_device
@@ -327,9 +315,9 @@ def test_metrics_that_the_disk_refuses_stop_the_run(straight, roles, policy_path
         patch.setattr(telemetry.Telemetry, "log", refused)
         match = r"metrics\.jsonl: No space left on device; --resume goes on from .*step-000001"
         with pytest.raises(RunStopped, match=match), resumable(cfg.folder):
-            run(cfg, roles)
+            train_quietly(cfg, roles)
     os.close(whole[0])
-    same(straight, cfg, run(cfg, roles, resume=True))
+    same(straight, cfg, train_quietly(cfg, roles, resume=True))
 
 
 @contextlib.contextmanager

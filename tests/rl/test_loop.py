@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from rich.console import Console
 
 from plumbline.errors import InputError
 from plumbline.models.load import load_policy, load_tokenizer, policy_config
@@ -13,11 +12,9 @@ from plumbline.models.policy import Policy
 from plumbline.rl import coldstart
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
-from plumbline.rl.loop import train
-from plumbline.rl.tasks import training_tasks
 from plumbline.rl.telemetry import read_metrics
-from plumbline.rl.text import Codec
 from plumbline.selection.history import read_history
+from plumbline.testing import changed, train_quietly
 
 
 def config(policy_path, output, **changes):
@@ -36,25 +33,13 @@ def config(policy_path, output, **changes):
         "checkpoint": {"every_steps": 2, "keep": 3},
         "ray": {"dashboard": False},
     }
-    for dotted, value in changes.items():
-        section, _, name = dotted.partition("__")
-        if name:
-            tree[section] = {**tree.get(section, {}), name: value}
-        else:
-            tree[section] = value
-    return parse_config(tree)
+    return parse_config(changed(tree, **changes))
 
 
 @pytest.fixture(scope="module")
 def roles(policy_path, tmp_path_factory):
     with Roles.start(config(policy_path, tmp_path_factory.mktemp("cluster"))) as roles:
         yield roles
-
-
-def run(cfg, roles, *, resume=False):
-    tasks, _ = training_tasks(cfg, Codec(cfg.policy.path, overrides=cfg.prompt))
-    cfg.folder.mkdir(parents=True, exist_ok=True)
-    return train(cfg, roles, tasks, Console(quiet=True), resume=resume)
 
 
 def weights(result):
@@ -64,7 +49,7 @@ def weights(result):
 @pytest.fixture(scope="module")
 def straight(policy_path, roles, tmp_path_factory):
     cfg = config(policy_path, tmp_path_factory.mktemp("straight"))
-    return cfg, run(cfg, roles)
+    return cfg, train_quietly(cfg, roles)
 
 
 def test_a_run_leaves_everything_behind(straight, policy_path):
@@ -102,12 +87,12 @@ def test_every_sample_comes_once_an_epoch(straight):
 def test_two_plus_two_steps_equal_four(straight, policy_path, roles, tmp_path):
     source, whole = straight
     cfg = config(policy_path, tmp_path)
-    run(cfg.model_copy(update={"steps": 2}), roles)
+    train_quietly(cfg.model_copy(update={"steps": 2}), roles)
     # What a killed run wrote after its checkpoint must not be counted twice.
     shutil.copytree(cfg.folder / "checkpoints" / "step-000002", tmp_path / "kept")
-    run(cfg.model_copy(update={"steps": 3}), roles, resume=True)
+    train_quietly(cfg.model_copy(update={"steps": 3}), roles, resume=True)
     shutil.rmtree(cfg.folder / "checkpoints" / "step-000003")
-    parts = run(cfg, roles, resume=True)
+    parts = train_quietly(cfg, roles, resume=True)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name]), name
     assert read_history(cfg.folder / "history").num_rows == 4 * 12
@@ -125,10 +110,10 @@ def test_two_plus_two_steps_equal_four_with_a_sampler_that_drops(sampler, roles,
     changes |= {"rollout__max_new_tokens": 64, "rollout__completions_per_prompt": 4, "rollout__slots": 16}
     changes |= {"learner__tokens_per_microbatch": 1024}
     whole_config = config("embedded", tmp_path / "whole", **changes)
-    whole = run(whole_config, roles)
+    whole = train_quietly(whole_config, roles)
     cfg = config("embedded", tmp_path / "parts", **changes)
-    run(cfg.model_copy(update={"steps": 2}), roles)
-    parts = run(cfg, roles, resume=True)
+    train_quietly(cfg.model_copy(update={"steps": 2}), roles)
+    parts = train_quietly(cfg, roles, resume=True)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name]), name
     histories = [read_history(c.folder / "history").to_pylist() for c in (whole_config, cfg)]
@@ -145,7 +130,7 @@ def test_a_damaged_checkpoint_is_passed_over(straight, policy_path, roles, tmp_p
     shutil.copytree(source.folder, cfg.folder)
     victim = cfg.folder / "checkpoints" / "step-000004" / "policy" / "model.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1] + b"x")
-    again = run(cfg, roles, resume=True)
+    again = train_quietly(cfg, roles, resume=True)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(again)[name]), name
 
@@ -159,7 +144,7 @@ def test_a_checkpoint_of_another_shape_is_refused(straight, policy_path, roles, 
     cfg = config(str(tmp_path / "other"), tmp_path / "copy", steps=5)
     shutil.copytree(source.folder, cfg.folder)
     with pytest.raises(InputError, match=r"of another shape: .*mlp"):
-        run(cfg, roles, resume=True)
+        train_quietly(cfg, roles, resume=True)
 
 
 def test_other_data_is_refused_when_resuming(straight, policy_path, roles, tmp_path):
@@ -167,13 +152,13 @@ def test_other_data_is_refused_when_resuming(straight, policy_path, roles, tmp_p
     cfg = config(policy_path, tmp_path / "copy", data__seed=9, steps=5)
     shutil.copytree(source.folder, cfg.folder)
     with pytest.raises(InputError, match="other samples"):
-        run(cfg, roles, resume=True)
+        train_quietly(cfg, roles, resume=True)
 
 
 def test_slots_and_workers_do_not_change_the_samples(straight, policy_path, tmp_path, roles):
     source, _ = straight
     cfg = config(policy_path, tmp_path, rollout__slots=64, steps=1)
-    run(cfg, roles)
+    train_quietly(cfg, roles)
     columns = ["sample_id", "tokens", "reward"]
     few = read_history(source.folder / "history").select(columns).slice(0, 12)
     assert read_history(cfg.folder / "history").select(columns).equals(few)

@@ -10,13 +10,14 @@ from plumbline.kernels.nsa.layout import Layout
 from plumbline.kernels.nsa.triton_backend import launch, mix, pairs, tables
 from plumbline.kernels.nsa.triton_backend.common import LOG2E, pad_dim, precision
 from plumbline.kernels.nsa.triton_backend.launch import Range, Selection, dense_forward, forced_blocks
+from plumbline.kernels.nsa.triton_backend.listing import PairList
 
 
 class PairParts:
     """Room for the outputs of a chunk's pairs, and the kernel that fills it."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, selection: Selection, listed: pairs.PairList,
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, selection: Selection, listed: PairList,
         scale: float,
     ) -> None:  # fmt: skip
         assert selection.indices is not None
@@ -49,7 +50,7 @@ def selected_forward(
     layout: Layout,
     selection: Selection,
     scale: float,
-    listed: pairs.PairList | None,
+    listed: PairList | None,
     mixed: tuple[Tensor, Tensor | None, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse of the selected branch, the gated sum). listed: selection.listed(...).

@@ -24,11 +24,14 @@ from plumbline.kernels.nsa.triton_backend.common import (
     query_descriptor,
 )
 from plumbline.kernels.nsa.triton_backend.dense import CMP, FORCED, INITIAL, WIN
+from plumbline.kernels.nsa.triton_backend.listing import Items, PairList, list_pairs
 
 # Bytes of partial outputs (forward) or partial query gradients (backward) of the selected branch held at once.
 PAIR_BYTES = 2**31
 # Queries of a chunk at most: with more, the queries that one head's pairs gather no longer fit the L2 cache.
 PAIR_CHUNK = 8192
+# Programs that the gradients of compressed keys are cut into, where the sequences are long enough.
+BACKWARD_PROGRAMS = 1024
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,12 @@ def dense_keys_backward(
             )  # fmt: skip
         return dk, dv
 
-    # Early keys are seen by all later queries; parts of the queries keep the first tiles from outlasting the others.
-    splits = max(1, min(8, layout.longest // 4096))
     if reach.kind == CMP:
-        dk, dv = launch(CMP, tables.key_tiles(layout, size.keys, reach.a, reach.b), splits, k.shape[0])
+        tiles = tables.key_tiles(layout, size.keys, reach.a, reach.b)
+        # Early keys are seen by all later queries; parts of the queries keep the first tiles from outlasting the
+        # others, and the card busy where there are few tiles.
+        splits = max(1, min(layout.longest // 2048, BACKWARD_PROGRAMS // max(1, len(tiles) * k.shape[1])))
+        dk, dv = launch(CMP, tiles, splits, k.shape[0])
         return dk.sum(0) if splits > 1 else dk[0], dv.sum(0) if splits > 1 else dv[0]
     if reach.kind == WIN:
         dk, dv = launch(WIN, tables.token_tiles(layout, size.keys), 1, k.shape[0])
@@ -192,13 +197,13 @@ class Selection:
         """SLC of the kernels."""
         return 3 if self.indices is None else 1 if self.forced else 2
 
-    def listed(self, layout: Layout, bytes_per_pair: int) -> pairs.PairList | None:
+    def listed(self, layout: Layout, bytes_per_pair: int) -> PairList | None:
         """The pairs left to pairs.py, in chunks whose parts fit PAIR_BYTES; None where every block is chosen."""
         if self.indices is None:
             return None
         per_token = bytes_per_pair * self.indices.shape[1] * self.indices.shape[2]
         chunk = max(1, min(layout.tokens, PAIR_CHUNK, max(64, PAIR_BYTES // per_token)))
-        return pairs.list_pairs(self.indices, layout, self.select_block, chunk, forced_blocks(self.forced))
+        return list_pairs(self.indices, layout, self.select_block, chunk, forced_blocks(self.forced))
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ def backward(
     cmp: tuple[Branch, Range] | None,
     slc: tuple[Branch, Selection] | None,
     win: tuple[Branch, Range] | None,
-    listed: pairs.PairList | None = None,
+    listed: PairList | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Gradient of q [T, Hq, Dk], and of keys and values (float32) by branch name. listed: the selection's pairs."""
     tokens, heads, dk = q.shape
@@ -284,7 +289,7 @@ def _selected_keys_start(
 
 
 def _pairs_backward(
-    q: Tensor, do: Tensor, branch: Branch, layout: Layout, s: int, listed: pairs.PairList, work: pairs.Items,
+    q: Tensor, do: Tensor, branch: Branch, layout: Layout, s: int, listed: PairList, work: Items,
     number: int, first: int, count: int, part: Tensor, totals: tuple[Tensor, Tensor], scale: float,
 ) -> None:  # fmt: skip
     """Fills part with the query gradients of a chunk's pairs and adds their key and value gradients to totals."""

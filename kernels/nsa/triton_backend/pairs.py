@@ -1,102 +1,17 @@
 """Selected attention turned round: for each selection block, the queries that chose it.
 
-A (query, kv head, slot) that names a block is a pair. Sorting pairs by block gives every block a list of queries, so
-that a tile of many queries times the group's heads meets one block of keys: no group is padded, and each block is read
-once an item rather than once a query. What a pair contributes is written to its own place and summed in slot order
-later, so nothing needs atomics and every run gives the same bits.
+A (query, kv head, slot) that names a block is a pair. Sorting pairs by block (listing.py) gives every block a list of
+queries, so that a tile of many queries times the group's heads meets one block of keys: no group is padded, and each
+block is read once an item rather than once a query. What a pair contributes is written to its own place and summed in
+slot order later, so nothing needs atomics and every run gives the same bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from plumbline.kernels.nsa.layout import Layout
 from plumbline.kernels.nsa.triton_backend.common import load_rows, store_rows
-from plumbline.kernels.nsa.triton_backend.tables import token_table
-
-
-@dataclass(frozen=True)
-class Items:
-    """Work items of every chunk.
-
-    Their count is a bound known without asking the device; items past a chunk's last one name no block. The first item
-    of a block may add to the block's total; the others, the extra ones, are numbered through a chunk's blocks.
-
-    Attributes:
-        items: [chunks, items, 4] int32: block (Hkv blocks for none), first and last pair, extra number (-1: a first
-            item).
-        first_extra: [chunks, Hkv blocks + 1 or more] int32: first extra number of each block.
-        extra: a bound on the extra items of a chunk.
-    """
-
-    items: Tensor
-    first_extra: Tensor
-    extra: int
-
-
-@dataclass(frozen=True)
-class PairList:
-    """Pairs sorted by (chunk of queries, kv head, block), in query order within a block.
-
-    Attributes:
-        chunk: queries of a chunk.
-        pairs: [T Hkv count] int32, a pair's number (t Hkv + h) count + slot, t counted within its chunk.
-        starts: [chunks, Hkv blocks + 1] int32, first pair of each block.
-        pairs_per_chunk: at most.
-    """
-
-    chunk: int
-    pairs: Tensor
-    starts: Tensor
-    pairs_per_chunk: int
-
-    def items(self, size: int) -> Items:
-        """The pairs cut into items of at most `size` pairs of one block."""
-        starts = self.starts
-        chunks, blocks = starts.shape[0], starts.shape[1] - 1
-        pieces = (starts[:, 1:] - starts[:, :-1] + size - 1) // size
-        ends = pieces.cumsum(1, dtype=torch.int32)
-        # Every block has at most one item that is not full.
-        bound = min(blocks, self.pairs_per_chunk) + self.pairs_per_chunk // size
-        item = torch.arange(bound, device=starts.device, dtype=torch.int32).expand(chunks, -1).contiguous()
-        block = torch.searchsorted(ends, item, right=True, out_int32=True)
-        inside = block.clamp(max=blocks - 1).long()
-        within = item - (ends - pieces).gather(1, inside)
-        first = starts.gather(1, inside) + within * size
-        last = torch.minimum(first + size, starts.gather(1, inside + 1))
-        # Rows stay aligned to 16 bytes, so that one compiled kernel serves all chunks.
-        extra = torch.nn.functional.pad((pieces - 1).clamp(min=0).cumsum(1, dtype=torch.int32), (1, -(blocks + 1) % 4))
-        place = torch.where(within > 0, extra.gather(1, inside) + within - 1, -1)
-        items = torch.stack([block, first, last, place], 2).int()
-        return Items(items, extra, max(1, self.pairs_per_chunk // size))
-
-
-def list_pairs(indices: Tensor, layout: Layout, select_block: int, chunk: int, skip: tuple[int, int]) -> PairList:
-    """indices [T, Hkv, count] int32 -> the pairs of chunks of `chunk` queries."""
-    tokens, kv_heads, count = indices.shape
-    table, blocks = token_table(layout, select_block)
-    chunks = -(-tokens // chunk)
-    t = torch.arange(tokens, device=indices.device, dtype=torch.int32)
-    own = (t - table[:, 0]) // select_block
-    ok = (indices >= 0) & (indices <= own[:, None, None])
-    if skip != (0, 0):
-        ok &= (indices >= skip[0]) & (indices <= (own - skip[1])[:, None, None])
-    head = torch.arange(kv_heads, device=indices.device, dtype=torch.int32)
-    group = (t // chunk)[:, None] * kv_heads + head
-    key = group[..., None] * blocks + table[:, 2, None, None] + indices
-    nothing = chunks * kv_heads * blocks
-    key = torch.where(ok, key, torch.full_like(key, nothing)).flatten()
-    ordered, pairs = torch.sort(key, stable=True)
-    edges = torch.searchsorted(ordered, torch.arange(nothing + 1, device=key.device, dtype=torch.int32), out_int32=True)
-    per_chunk = kv_heads * blocks
-    first = torch.arange(chunks, device=key.device)[:, None] * per_chunk
-    starts = edges[first + torch.arange(per_chunk + 1, device=key.device)]
-    return PairList(chunk, (pairs % (chunk * kv_heads * count)).int(), starts, min(chunk, tokens) * kv_heads * count)
 
 
 @triton.jit

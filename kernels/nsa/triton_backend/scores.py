@@ -165,6 +165,8 @@ def store_chosen(
     """
     WANT: tl.constexpr = COUNT - INITIAL - LOCAL
     FEW: tl.constexpr = 64
+    # Shorter rows are ranked where they are.
+    MOVE: tl.constexpr = WIDTH >= 256
     j = tl.arange(0, WIDTH)
     initial = tl.minimum(own + 1, INITIAL)
     local = tl.maximum(own - LOCAL + 1, initial)
@@ -173,7 +175,7 @@ def store_chosen(
     x = tl.where(free, tl.maximum(x, 0.0).to(tl.int32, bitcast=True), -1)
     floor = tl.full([], -1, tl.int32)
     n = tl.full([], WIDTH + FEW, tl.int32)
-    if (WANT > 0) & (WANT <= 24) & (WIDTH >= 256):
+    if (WANT > 0) & (WANT <= 24) & (WIDTH >= 64):
         # The WANT-th highest of the maxima of 32 groups is a bound from below that few values pass.
         best = tl.max(tl.reshape(x, [WIDTH // 32, 32]), 0)
         taken = tl.full([], 0, tl.int32)
@@ -184,7 +186,8 @@ def store_chosen(
             taken += tl.sum(hit.to(tl.int32), 0)
             best = tl.where(hit, -1, best)
         floor = tl.maximum(floor, -1)
-        n = tl.sum((x > floor).to(tl.int32), 0)
+        if MOVE:
+            n = tl.sum((x > floor).to(tl.int32), 0)
     c = tl.arange(0, COUNT2)
     if n <= FEW:
         # Those few, in order, are ranked by themselves.

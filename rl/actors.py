@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import socket
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +19,7 @@ from plumbline.rl.faults import Place, own_place
 from plumbline.rl.monitoring.publish import actor_name, watch_grading, watch_rollout, watch_update
 
 if TYPE_CHECKING:
+    from plumbline.rl.handover import Ticket
     from plumbline.rl.rollout import CarryingEngine
 
 
@@ -53,9 +53,10 @@ class _Actor:
 class RolloutWorker(_Actor):
     """Owns a rollout engine."""
 
-    def begin(self, config: RunConfig, policy_path: str | None = None) -> str:
-        """Load the starting policy of a run (or any other to evaluate). Returns the device."""
+    def begin(self, config: RunConfig, policy_path: str | None = None) -> str | None:
+        """Load the starting policy of a run (or any other to evaluate). Returns the name of its GPU, if it has one."""
         from plumbline.rl.device import pick_device
+        from plumbline.rl.handover import card
         from plumbline.rl.rollout import make_engine
         from plumbline.rl.text import Codec
 
@@ -68,19 +69,13 @@ class RolloutWorker(_Actor):
         self.__dict__.pop("under_way", None)
         self.__dict__.pop("engine", None)
         self.engine = make_engine(config, path, attention, codec, device)
-        return device
+        return card(device)
 
-    def load_weights(self, version: int, arrays: dict[str, np.ndarray]) -> float:
+    def load_weights(self, version: int, weights: dict[str, np.ndarray] | Ticket) -> float:
         """Take the learner's weights; returns their checksum as they stand here."""
-        import torch
+        from plumbline.rl.handover import from_arrays
 
-        with warnings.catch_warnings():
-            # The arrays are read-only views of the object store; they are copied from, never written.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        # NumPy has no bfloat16: such weights travel as the integers of their bits.
-        tensors = {name: t.view(torch.bfloat16) if t.dtype == torch.int16 else t for name, t in tensors.items()}
-        self.engine.load_weights(version, tensors)
+        self.engine.load_weights(version, from_arrays(weights) if isinstance(weights, dict) else weights.tensors())
         return self.engine.checksum()
 
     @ray.method(num_returns="streaming")
@@ -161,15 +156,19 @@ class LearnerWorker(_Actor):
         self.device = pick_device(config.policy.device)
         self.ranks = Ranks.join(rank, size, address, self.device, config.ray.start_timeout_seconds)
 
-    def begin(self, config: RunConfig) -> str:
-        """Load the starting policy with a fresh optimizer. Returns the device."""
+    def begin(self, config: RunConfig) -> str | None:
+        """Load the starting policy with a fresh optimizer. Returns the name of its GPU, if it has one."""
+        import torch
+
+        from plumbline.rl.handover import Shelf, card
         from plumbline.rl.learner import Learner
         from plumbline.rl.text import Codec
 
         _set_up(config.learner.threads)
         self.learner = Learner(config, self.device, self.ranks)
         self.codec = Codec(config.policy.path, overrides=config.prompt)
-        return self.device
+        self.shelf = Shelf(torch.bfloat16 if config.rollout.precision == "bfloat16" else torch.float32)
+        return card(self.device)
 
     def load(self, folder: str) -> None:
         from plumbline.rl import learner_state
@@ -182,22 +181,30 @@ class LearnerWorker(_Actor):
         watch_update(began)
         return metrics
 
-    def publish(self) -> dict[str, Any]:
-        """{version, arrays, checksum}: `arrays` refers to them in the object store, where all rollout workers read them."""
-        import torch
+    def publish(self, through_host: bool = False) -> dict[str, Any]:
+        """Set the present weights out for the engines: {version, checksum, arrays}.
 
+        `ticket` then gives them to an engine on this GPU. through_host: `arrays` refers to them in the object store, where
+        all others read them; it is None otherwise.
+        """
         from plumbline.rl import learner_state
         from plumbline.rl.rollout import absolute_sum
 
         weights = learner_state.policy_weights(self.learner)
         if self.ranks.rank:
             return {}
-        half = self.learner.config.rollout.precision == "bfloat16"
-        if half:
-            weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
-        checksum = absolute_sum(weights.values())
-        arrays = {name: (t.view(torch.int16) if half else t).cpu().numpy() for name, t in weights.items()}
-        return {"version": self.learner.version, "arrays": ray.put(arrays), "checksum": checksum}
+        self.shelf.put(weights)
+        checksum = absolute_sum(self.shelf.tensors().values())
+        arrays = ray.put(self.shelf.arrays()) if through_host else None
+        return {"version": self.learner.version, "checksum": checksum, "arrays": arrays}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The published weights, for an engine elsewhere that `publish` did not know of."""
+        return self.shelf.arrays()
+
+    def ticket(self) -> Ticket:
+        """The published weights, for one engine on this GPU."""
+        return self.shelf.ticket()
 
     def save(self, folder: str) -> None:
         """Copy the state and start to write folder/policy, folder/learner and folder/learner.pt; see learner_state."""

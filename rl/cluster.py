@@ -38,6 +38,8 @@ class Roles:
     # What a rollout worker holds: the policy it began with, then the weights that the learner published last.
     begun: tuple[RunConfig, str | None] | None = None
     published: dict[str, Any] | None = None
+    # GPUs by actor name, of those that have one.
+    cards: dict[str, str | None] = field(default_factory=dict)
     clock: WorkClock = field(init=False)
     # Set: exchanges under way are to end.
     stop: threading.Event = field(default_factory=threading.Event)
@@ -153,7 +155,8 @@ class Roles:
         """Load the run's starting policy everywhere."""
         self.config, self.begun, self.published = config, (config, None), None
         calls = [*self._learn("begin", (config,)), *self.rollout.calls("begin", config)]
-        gather(calls, self._transfer(), f"loading {config.policy.path}")
+        cards = gather(calls, self._transfer(), f"loading {config.policy.path}")
+        self.cards = {place.name: card for (place, _), card in zip(calls, cards, strict=True)}
 
     def begin_evaluation(self, config: RunConfig, policy_path: str | None) -> None:
         """Load one policy into the rollout workers alone."""
@@ -165,7 +168,9 @@ class Roles:
         """Learner's weights to every rollout worker; checks that they arrived whole. Returns their version."""
         self._learners_work(self.clock.begin)
         try:
-            published = gather(self._learn("publish", ()), self._transfer(), "publishing the learner's weights")[0]
+            through_host = not all(self._beside_learner(place) for place in self.rollout.places)
+            calls = self._learn("publish", (through_host,))
+            published = gather(calls, self._transfer(), "publishing the learner's weights")[0]
         finally:
             self._learners_work(self.clock.end)
         with self.rollout.lock:
@@ -183,7 +188,17 @@ class Roles:
 
     def _give_weights(self, handle: Any, place: Place) -> tuple[Place, Any]:
         assert self.published is not None
-        return place, handle.load_weights.remote(self.published["version"], self.published["arrays"])
+        weights: Any
+        if self._beside_learner(place):
+            weights = self.learners[0].ticket.remote()
+        else:
+            weights = self.published["arrays"] = self.published["arrays"] or self.learners[0].arrays.remote()
+        return place, handle.load_weights.remote(self.published["version"], weights)
+
+    def _beside_learner(self, place: Place) -> bool:
+        """Whether this rollout worker is on the first learner's GPU."""
+        card = self.cards.get(place.name)
+        return card is not None and card == self.cards.get(self.learners.places[0].name)
 
     def _check_weights(self, call: tuple[Place, Any]) -> None:
         assert self.published is not None
@@ -195,7 +210,8 @@ class Roles:
     def _prepare(self, handle: Any, place: Place) -> None:
         """Bring a new rollout worker to where the others are."""
         if self.begun is not None:
-            gather([(place, handle.begin.remote(*self.begun))], self._transfer(), "loading the policy")
+            (card,) = gather([(place, handle.begin.remote(*self.begun))], self._transfer(), "loading the policy")
+            self.cards[place.name] = card
         if self.published is not None:
             self._check_weights(self._give_weights(handle, place))
 

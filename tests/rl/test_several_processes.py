@@ -133,8 +133,8 @@ def in_two(roles, cfg, batches):
         first, second = ray.get([learner.update.remote(batch) for learner in roles.learners], timeout=300)
         assert first == second
         metrics.append(first)
-    published = ray.get([learner.publish.remote() for learner in roles.learners])[0]["arrays"]
-    arrays = ray.get(published) if isinstance(published, ray.ObjectRef) else published
+    ray.get([learner.publish.remote() for learner in roles.learners])
+    arrays = ray.get(roles.learners[0].arrays.remote())
     return metrics, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 

@@ -1,0 +1,60 @@
+"""Published weights: whole and in the engine's precision, through the host and mapped by another process."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from plumbline.rl.handover import Shelf, card, from_arrays
+
+WEIGHTS = {"a.weight": torch.randn(3, 5), "b": torch.randn(7), "c.weight": torch.randn(2, 2, 4)}
+
+
+def answer(tickets, answers):
+    """Sums of the tensors of each ticket, as this process sees them."""
+    for ticket in iter(tickets.get, None):
+        answers.put({name: (tuple(t.shape), t.double().sum().item()) for name, t in ticket.tensors().items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arrays_give_the_weights_back(dtype):
+    shelf = Shelf(dtype)
+    shelf.put(WEIGHTS)
+    back = from_arrays(shelf.arrays())
+    assert list(back) == list(WEIGHTS)
+    for name, tensor in WEIGHTS.items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name], tensor.to(dtype))
+
+
+def test_a_second_policy_of_another_shape_is_set_out_too():
+    shelf = Shelf(torch.float32)
+    shelf.put(WEIGHTS)
+    shelf.put({"a.weight": torch.ones(4, 4)})
+    assert {name: t.sum().item() for name, t in shelf.tensors().items()} == {"a.weight": 16}
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_process_maps_what_was_published_last(device):
+    context = multiprocessing.get_context("spawn")
+    tickets, answers = context.Queue(), context.Queue()
+    reader = context.Process(target=answer, args=(tickets, answers), daemon=True)
+    reader.start()
+    shelf = Shelf(torch.bfloat16)
+    for scale in (1, 2):
+        shelf.put({name: scale * tensor.to(device) for name, tensor in WEIGHTS.items()})
+        tickets.put(shelf.ticket())
+        seen = answers.get(timeout=120)
+        want = {name: (tuple(t.shape), (scale * t).bfloat16().double().sum().item()) for name, t in WEIGHTS.items()}
+        assert seen.keys() == want.keys()
+        for name, (shape, total) in want.items():
+            assert seen[name] == (shape, pytest.approx(total, abs=1e-6))
+    tickets.put(None)
+    reader.join(60)
+
+
+def test_only_a_gpu_has_a_name():
+    assert card("cpu") is None

@@ -28,7 +28,7 @@ def _branch(do: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, d_lse: T
     dot = (do.float() * out.float()).sum(-1)
     if d_lse is not None:
         dot = dot - d_lse
-    return Branch(k, v, lse.masked_fill(lse == -torch.inf, torch.inf), dot)
+    return Branch(k, v, lse.masked_fill(lse == -torch.inf, torch.inf), dot, d_lse=d_lse)
 
 
 class DenseAttention(torch.autograd.Function):
@@ -144,7 +144,7 @@ class FusedAttention(torch.autograd.Function):
         reach = Range.compressed(config.block, config.stride)
         dq, grads = backward(
             q, do, phi.layout, scale,
-            (Branch(k_cmp, v_cmp, shift[0], dot[0]), reach) if has_cmp else None,
+            (Branch(k_cmp, v_cmp, shift[0], dot[0], gates[..., 0]), reach) if has_cmp else None,
             (Branch(k_slc, v_slc, shift[1], dot[1]), replace(selection, indices=indices)),
             (Branch(k_win, v_win, shift[2], dot[2]), Range.window(config.window)),
             listed,

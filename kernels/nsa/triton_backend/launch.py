@@ -216,10 +216,10 @@ class Branch:
     d_lse: Tensor | None = None
 
     def settled(self, total: Tensor) -> Branch:
-        """The same with dot corrected, where total [T, Hq] is what a query's logit gradients add up to with dot as it is.
+        """The same with dot corrected, where total [T, Hq] is what a query's logit gradients add up to as it is.
 
-        They must add up to d_lse, or to zero. With dot made from an output that was rounded they miss that, by the same
-        share of every probability, and compressed keys have much in common: in phi's gradients what is missed adds up.
+        They must add up to d_lse, or to zero. With dot made from an output that was rounded they miss that, each by the
+        same share of its probability, and what phi's weight meets has much in common between blocks: there it adds up.
         """
         missed = total if self.d_lse is None else total - self.d_lse
         if self.gate is not None:
@@ -285,9 +285,9 @@ def backward(
         ]
         dense.backward_queries[(len(tiles[number]), kv_heads)](
             q, do, dq, tiles[number], scale, scale * LOG2E, q.stride(0), q.stride(1), heads, *arguments, part,
-            selection.indices if listed else tiles[number], first, total, GROUP=group, HAS_CMP=cmp is not None, SLC=mode,
-            HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b, S=selection.select_block,
-            LOCAL=local,
+            selection.indices if listed else tiles[number], first, total, GROUP=group, HAS_CMP=cmp is not None,
+            SLC=mode, HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b,
+            S=selection.select_block, LOCAL=local,
             INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WHOLE=max(layout.longest, 1), DK=dk, DV=dv,
             BK=pad_dim(dk), BV=pad_dim(dv),
             ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=sources is not None, **size.launch,

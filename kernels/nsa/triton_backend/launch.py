@@ -292,6 +292,7 @@ def backward(
             BK=pad_dim(dk), BV=pad_dim(dv),
             ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=sources is not None, **size.launch,
         )  # fmt: skip
+    del part  # Room for the parts of the compressed keys' gradients.
     if cmp:
         grads["cmp"] = keys_of(cmp[0].settled(total), cmp[1])
     return dq, grads

@@ -122,13 +122,27 @@ class Phi:
         assert hidden is not None
         return hidden if position is None else hidden + self._constant(weight, position)
 
-    def forward(self, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
-        """[T, H, D] -> [N, H, D]; weight and position as in PhiParams (None: none)."""
+    def base(self, x: Tensor, weight: Tensor, position: Tensor) -> Tensor:
+        """[H, D] float32: the block of tokens that are zero, which all blocks have in common, for an x."""
+        weight = weight.to(x.dtype)
+        y = self._constant(weight, position)
+        return (torch.bmm(F.gelu(y), weight[:, self.block].float()) if self.kind == "mlp" else y)[:, 0].contiguous()
+
+    def forward(
+        self, x: Tensor, weight: Tensor, position: Tensor | None, less: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[T, H, D] -> [N, H, D]; weight and position as in PhiParams (None: none).
+
+        less: [H, D] float32, taken off every block before it is rounded. dtype: of the blocks (None: x's).
+        """
         weight = weight.to(x.dtype)
         y = self._hidden(x, weight, position)
         if self.kind == "mlp":
             y = sum(product(part, weight[:, self.block]) for part in halves(F.gelu(y), x.dtype))  # type: ignore[assignment]
-        return y.transpose(0, 1).to(x.dtype).contiguous()
+        if less is not None:
+            y = y - less[:, None]
+        return y.transpose(0, 1).to(dtype or x.dtype).contiguous()
 
     def backward(
         self, x: Tensor, weight: Tensor, position: Tensor | None, grad: Tensor

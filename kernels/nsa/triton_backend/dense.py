@@ -183,15 +183,23 @@ def forward(
 
 
 @triton.jit
-def queries_step(q, do, dq, k, v, scale, shift, dot, low, high, columns, MASKED: tl.constexpr, PREC: tl.constexpr):
-    """Adds a tile of keys to the gradient of a tile of queries (without the factor `scale`)."""
+def queries_step(
+    q, do, dq, total, k, v, scale, shift, dot, low, high, columns,
+    MASKED: tl.constexpr, TOTAL: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of keys to the gradient of a tile of queries (without the factor `scale`).
+
+    TOTAL: also adds the logits' gradients of a row to total [rows].
+    """
     s = tl.dot(q, tl.trans(k), input_precision=PREC)
     p = tl.exp2(s * scale - shift[:, None])
     if MASKED:
         p = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None]), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PREC)
     ds = p * (dp - dot[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC)
+    if TOTAL:
+        total += tl.sum(ds, 1)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC), total
 
 
 @triton.jit
@@ -202,6 +210,12 @@ def queries_section(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of a tile of queries through all keys that they see by KIND, added to dq.
+
+    CMP: also the sums [rows] of the logits' gradients (zeros otherwise).
+    """
+    TOTAL: tl.constexpr = KIND == 0
+    total = tl.zeros([q.shape[0]], tl.float32)
     shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
     dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
     low, high = key_range(t, KIND, A, B)
@@ -213,23 +227,23 @@ def queries_section(
         for j in range(0, tl.minimum(low_last, INIT), KEYS):
             k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
             v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
-            dq = queries_step(q, do, dq, k, v, scale, shift, dot, low * 0, edge, j + c, True, PREC)
+            dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low * 0, edge, j + c, True, TOTAL, PREC)
     head_end = low_first + tl.cdiv(tl.maximum(low_last - low_first, 0), KEYS) * KEYS
     body_end = head_end + tl.maximum(high_first - head_end, 0) // KEYS * KEYS
     if KIND != 0:
         for j in range(low_first, head_end, KEYS):
             k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
             v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
-            dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, True, PREC)
+            dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low, high, j + c, True, TOTAL, PREC)
     for j in range(head_end, body_end, KEYS):
         k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, True, TMA, DK, BK)
         v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, True, TMA, DV, BV)
-        dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, False, PREC)
+        dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low, high, j + c, False, TOTAL, PREC)
     for j in range(body_end, high_last, KEYS):
         k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
         v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
-        dq = queries_step(q, do, dq, k, v, scale, shift, dot, low, high, j + c, True, PREC)
-    return dq
+        dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low, high, j + c, True, TOTAL, PREC)
+    return dq, total
 
 
 @triton.jit
@@ -238,7 +252,7 @@ def backward_queries(
     kc_ptr, vc_ptr, shift_c, dot_c, kc_t, kc_h, vc_t, vc_h,
     ks_ptr, vs_ptr, shift_s, dot_s, ks_t, ks_h, vs_t, vs_h,
     kw_ptr, vw_ptr, shift_w, dot_w, kw_t, kw_h, vw_t, vw_h,
-    pairs_ptr, indices_ptr, pairs_first,
+    pairs_ptr, indices_ptr, pairs_first, total_ptr,
     GROUP: tl.constexpr, HAS_CMP: tl.constexpr, SLC: tl.constexpr, HAS_WIN: tl.constexpr, COUNT: tl.constexpr,
     SKIP: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, LOCAL: tl.constexpr, INITIAL_BLOCKS: tl.constexpr,
@@ -246,7 +260,8 @@ def backward_queries(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries through every branch in one pass.
+    """Gradient of the queries through every branch in one pass, and what the gradients of a query's logits over the
+    compressed blocks add up to: total [T, Hq] float32.
 
     SLC: 0 none, 1 the forced blocks plus the pairs of backward_pairs, 2 pairs alone, 3 a window of WHOLE (all blocks).
     pairs [t - pairs_first, Hkv, COUNT, GROUP, Dk]; SKIP: forced blocks have no pair.
@@ -267,22 +282,23 @@ def backward_queries(
     dq = tl.zeros([ROWS, BK], tl.float32)
     if HAS_CMP:
         key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
-        dq = queries_section(q, do, dq, kc_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last, key_start, keys,
-                             kv_head, scale,
-                             kc_t, kc_h, vc_t, vc_h, 0, L, D, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        dq, total = queries_section(q, do, dq, kc_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last, key_start,
+                                    keys, kv_head, scale,
+                                    kc_t, kc_h, vc_t, vc_h, 0, L, D, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        tl.store(total_ptr + flat, total, mask=ok)
     if SLC == 1:
-        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
-                             kv_head, scale,
-                             ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S,
-                             DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        dq, _ = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
+                                kv_head, scale,
+                                ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S,
+                                DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if SLC == 3:
-        dq = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
-                             kv_head, scale,
-                             ks_t, ks_h, vs_t, vs_h, 1, WHOLE, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        dq, _ = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
+                                kv_head, scale,
+                                ks_t, ks_h, vs_t, vs_h, 1, WHOLE, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if HAS_WIN:
-        dq = queries_section(q, do, dq, kw_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start, length,
-                             kv_head, scale,
-                             kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        dq, _ = queries_section(q, do, dq, kw_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start, length,
+                                kv_head, scale,
+                                kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
     if (SLC == 1) or (SLC == 2):
         kv_heads = heads // GROUP
         list_at = (row * kv_heads + kv_head) * COUNT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -11,6 +13,21 @@ from plumbline.kernels.nsa.triton_backend import launch, mix, pairs, tables
 from plumbline.kernels.nsa.triton_backend.common import LOG2E, pad_dim, precision
 from plumbline.kernels.nsa.triton_backend.launch import Range, Selection, dense_forward, forced_blocks
 from plumbline.kernels.nsa.triton_backend.listing import PairList
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What the gated sum reads of the compressed branch.
+
+    Attributes:
+        out: [T, Hq, Dv], attention to values without base.
+        lse: [T, Hq] float32 in log 2.
+        base: [Hkv, Dv] float32, what every value was stored without.
+    """
+
+    out: Tensor
+    lse: Tensor
+    base: Tensor
 
 
 class PairParts:
@@ -51,11 +68,11 @@ def selected_forward(
     selection: Selection,
     scale: float,
     listed: PairList | None,
-    mixed: tuple[Tensor, Tensor | None, Tensor] | None,
+    mixed: tuple[Tensor, Compressed | None, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse of the selected branch, the gated sum). listed: selection.listed(...).
 
-    mixed: (gates [T, Hq, 3], output of the compressed branch or None, of the window); None leaves the sum out.
+    mixed: (gates [T, Hq, 3], the compressed branch or None, output of the window); None leaves the sum out.
     """
     tokens, heads, _ = q.shape
     dv, group, s = v.shape[2], heads // k.shape[1], selection.select_block
@@ -78,10 +95,11 @@ def selected_forward(
         if parts:
             parts.fill(number)
         mix.merge_and_mix[(triton.cdiv((last - first) * heads, 16),)](
-            cmp if cmp is not None else q, out, win, lse, parts.out if parts else q, parts.lse if parts else lse,
+            *((cmp.out, cmp.lse, cmp.base) if cmp else (q, lse, lse)), out, win, lse,
+            parts.out if parts else q, parts.lse if parts else lse,
             selection.indices if parts else lse, gates, total if mixed else q, tables.token_table(layout, s)[0],
             first * heads, last * heads, heads, GROUP=group, COUNT=parts.count if parts else 1, S=s, INITIAL=initial,
-            LOCAL=local, HAS_CMP=cmp is not None, SLC=selection.mode, MIX=mixed is not None, DV=dv, BV=pad_dim(dv),
+            LOCAL=local, HAS_CMP=bool(cmp), SLC=selection.mode, MIX=mixed is not None, DV=dv, BV=pad_dim(dv),
             ROWS=16, num_warps=4,
         )  # fmt: skip
     return out, lse, total

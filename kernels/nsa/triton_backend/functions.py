@@ -12,7 +12,7 @@ from plumbline.kernels.nsa.layout import Layout
 from plumbline.kernels.nsa.triton_backend import mix
 from plumbline.kernels.nsa.triton_backend.common import LN2, LOG2E, pad_dim, rows_contiguous
 from plumbline.kernels.nsa.triton_backend.compress import Phi
-from plumbline.kernels.nsa.triton_backend.forward import selected_forward
+from plumbline.kernels.nsa.triton_backend.forward import Compressed, selected_forward
 from plumbline.kernels.nsa.triton_backend.launch import (
     Branch,
     Range,
@@ -22,13 +22,16 @@ from plumbline.kernels.nsa.triton_backend.launch import (
 )
 from plumbline.kernels.nsa.triton_backend.scores import select_blocks
 
+# Widest head whose compressed branch is worked out in float32.
+NARROW = 32
+
 
 def _branch(do: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, d_lse: Tensor | None = None) -> Branch:
     """What backward reads when no gate scales the branch."""
     dot = (do.float() * out.float()).sum(-1)
     if d_lse is not None:
         dot = dot - d_lse
-    return Branch(k, v, lse.masked_fill(lse == -torch.inf, torch.inf), dot)
+    return Branch(k, v, lse.masked_fill(lse == -torch.inf, torch.inf), dot, d_lse=d_lse)
 
 
 class DenseAttention(torch.autograd.Function):
@@ -94,12 +97,20 @@ class FusedAttention(torch.autograd.Function):
         )
         gates = gates.contiguous()
         phi = Phi(layout, config.block, config.stride, config.phi)
-        k_cmp = phi.forward(k_raw, k_weight, key_position(k_position, config))
-        v_cmp = phi.forward(v_raw, v_weight, v_position)
+        # Fine enough for the compressed branch.
+        fine = compressed_type(q)
+        q_cmp = q.to(fine)
+        # What all blocks have in common is left out before they are rounded: no softmax sees it in the keys, and the
+        # output gets it back when the branches are mixed.
+        position = key_position(k_position, config)
+        k_base = None if position is None else phi.base(k_raw, k_weight, position)
+        base = phi.base(v_raw, v_weight, v_position)
+        k_cmp = phi.forward(k_raw, k_weight, position, k_base, fine)
+        v_cmp = phi.forward(v_raw, v_weight, v_position, base, fine)
         o_cmp = lse_cmp = None
         if k_cmp.shape[0] > 0:
             o_cmp, lse_cmp = dense_forward(
-                q, k_cmp, v_cmp, layout, Range.compressed(config.block, config.stride), scale
+                q_cmp, k_cmp, v_cmp, layout, Range.compressed(config.block, config.stride), scale
             )
         if block_indices is not None:
             indices, selection = block_indices, Selection(block_indices.contiguous(), config.select_block, None)
@@ -109,15 +120,16 @@ class FusedAttention(torch.autograd.Function):
             indices = (
                 first_blocks(layout, k_slc.shape[1], config)
                 if everything
-                else select_blocks(q, k_cmp, lse, layout, config, scale)
+                else select_blocks(q_cmp, k_cmp, lse, layout, config, scale)
             )
             selection = Selection(None if everything else indices, config.select_block, None if everything else config)
         listed = selection.listed(layout, pair_bytes(q, k_slc, v_slc))
         o_win, lse_win = dense_forward(q, k_win, v_win, layout, Range.window(config.window), scale)
-        o_slc, lse_slc, out = selected_forward(q, k_slc, v_slc, layout, selection, scale, listed, (gates, o_cmp, o_win))
+        cmp = None if o_cmp is None or lse_cmp is None else Compressed(o_cmp, lse_cmp, base)
+        o_slc, lse_slc, out = selected_forward(q, k_slc, v_slc, layout, selection, scale, listed, (gates, cmp, o_win))
         ctx.save_for_backward(
             q, k_raw, v_raw, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, k_weight, k_position, v_weight,
-            v_position, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, selection.indices,
+            v_position, base, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, selection.indices,
         )  # fmt: skip
         ctx.rest = phi, config, scale, replace(selection, indices=None), listed
         ctx.mark_non_differentiable(indices)
@@ -127,7 +139,7 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx, do: Tensor, _: Tensor):
         (
             q, k_raw, v_raw, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, k_weight, k_position, v_weight,
-            v_position, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, indices,
+            v_position, base, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, indices,
         ) = ctx.saved_tensors  # fmt: skip
         phi, config, scale, selection, listed = ctx.rest
         do = do.contiguous()
@@ -137,18 +149,27 @@ class FusedAttention(torch.autograd.Function):
         has_cmp = o_cmp is not None
         dim = o_win.shape[2]
         mix.gate_gradients[(-(-rows // 16),)](
-            do, o_cmp if has_cmp else o_win, o_slc, o_win, lse_cmp if has_cmp else lse_win, lse_slc, lse_win, gates,
-            d_gates, shift, dot,
-            rows, HAS_CMP=has_cmp, DV=dim, BV=pad_dim(dim), ROWS=16, num_warps=4,
+            do, o_cmp if has_cmp else o_win, base, o_slc, o_win, lse_cmp if has_cmp else lse_win, lse_slc, lse_win,
+            gates, d_gates, shift, dot,
+            rows, q.shape[1], GROUP=q.shape[1] // k_win.shape[1], HAS_CMP=has_cmp, DV=dim, BV=pad_dim(dim), ROWS=16,
+            num_warps=4,
         )  # fmt: skip
-        reach = Range.compressed(config.block, config.stride)
+        cmp = None
+        if has_cmp:
+            cmp = Branch(k_cmp, v_cmp, shift[0], dot[0], gates[..., 0]), Range.compressed(config.block, config.stride)
+        # Apart from the other branches where its type is another.
+        apart = cmp is not None and k_cmp.dtype != q.dtype
         dq, grads = backward(
             q, do, phi.layout, scale,
-            (Branch(k_cmp, v_cmp, shift[0], dot[0]), reach) if has_cmp else None,
+            None if apart else cmp,
             (Branch(k_slc, v_slc, shift[1], dot[1]), replace(selection, indices=indices)),
             (Branch(k_win, v_win, shift[2], dot[2]), Range.window(config.window)),
-            listed,
+            listed, k_cmp.dtype,
         )  # fmt: skip
+        if apart:
+            dq_cmp, grads_cmp = backward(q.to(k_cmp.dtype), do.to(k_cmp.dtype), phi.layout, scale, cmp, None, None)
+            dq, grads = dq + dq_cmp, grads | grads_cmp
+        dq = dq.to(q.dtype)
         flat = [g.to(q.dtype) for name in ("slc", "win") for g in grads[name]]
         if not has_cmp:
             return dq, None, None, *flat, d_gates, *[None] * 8
@@ -157,6 +178,16 @@ class FusedAttention(torch.autograd.Function):
         if dk_position is None:
             dk_position = torch.zeros_like(k_position)
         return dq, dk, dv, *flat, d_gates, dk_weight, dk_position, dv_weight, dv_position, *[None] * 4
+
+
+def compressed_type(q: Tensor) -> torch.dtype:
+    """Of the compressed branch's keys, values and products.
+
+    float32 for narrow heads, where it costs next to nothing: phi's gradients have few numbers there (a mean's weight
+    has l a head), each a sum that may come out small by chance, so that in bfloat16 one seed in twenty would be off by
+    more than a relative 5e-3.
+    """
+    return torch.float32 if q.shape[2] <= NARROW else q.dtype
 
 
 def pair_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -208,12 +208,28 @@ class Selection:
 
 @dataclass(frozen=True)
 class Branch:
-    """Keys and values of a branch, and what its backward reads: shift, dot [T, Hq] float32 (mix.gate_gradients)."""
+    """Keys and values of a branch, and what its backward reads: shift, dot [T, Hq] float32 (mix.gate_gradients).
+
+    gate [T, Hq] scales the branch (None: 1); d_lse [T, Hq] is the gradient of its lse that is already part of dot.
+    """
 
     k: Tensor
     v: Tensor
     shift: Tensor
     dot: Tensor
+    gate: Tensor | None = None
+    d_lse: Tensor | None = None
+
+    def settled(self, total: Tensor) -> Branch:
+        """The same with dot corrected, where total [T, Hq] is what a query's logit gradients add up to as it is.
+
+        They must add up to d_lse, or to zero. With dot made from an output that was rounded they miss that, each by the
+        same share of its probability, and what phi's weight meets has much in common between blocks: there it adds up.
+        """
+        missed = total if self.d_lse is None else total - self.d_lse
+        if self.gate is not None:
+            missed = torch.where(self.gate > 0, missed / self.gate, 0.0)
+        return replace(self, dot=self.dot + missed)
 
     def arguments(self, sources: Sequence[TensorDescriptor] | None) -> list[object]:
         """Of the kernel, keys and values by descriptor if given."""
@@ -230,17 +246,23 @@ def backward(
     slc: tuple[Branch, Selection] | None,
     win: tuple[Branch, Range] | None,
     listed: PairList | None = None,
+    dq_type: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Gradient of q [T, Hq, Dk], and of keys and values (float32) by branch name. listed: the selection's pairs."""
+    """Gradient of q [T, Hq, Dk], and of keys and values (float32) by branch name.
+
+    listed: the selection's pairs. dq_type: of the gradient of q (None: q's).
+    """
     tokens, heads, dk = q.shape
     some = next(branch[0] for branch in (cmp, slc, win) if branch)
     kv_heads, dv = some.k.shape[1], some.v.shape[2]
     group = heads // kv_heads
     grads: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, dense_branch in (("cmp", cmp), ("win", win)):
-        if dense_branch:
-            branch, reach = dense_branch
-            grads[name] = dense_keys_backward(q, do, branch.k, branch.v, branch.shift, branch.dot, layout, reach, scale)
+
+    def keys_of(branch: Branch, reach: Range) -> tuple[Tensor, Tensor]:
+        return dense_keys_backward(q, do, branch.k, branch.v, branch.shift, branch.dot, layout, reach, scale)
+
+    if win:
+        grads["win"] = keys_of(*win)
     selection = slc[1] if slc else Selection(None, 1, None)
     mode = selection.mode if slc else 0
     if slc:
@@ -248,7 +270,8 @@ def backward(
     count = selection.indices.shape[2] if selection.indices is not None else 1
     chunk = listed.chunk if listed else max(tokens, 1)
     part = torch.empty(chunk if listed else 0, kv_heads, count, group, dk, dtype=q.dtype, device=q.device)
-    dq = torch.empty(tokens, heads, dk, dtype=q.dtype, device=q.device)
+    dq = torch.empty(tokens, heads, dk, dtype=dq_type or q.dtype, device=q.device)
+    total = torch.empty(tokens if cmp else 0, heads, dtype=torch.float32, device=q.device)
     size = query_tiles(q, group)
     reach_c = cmp[1] if cmp else Range(CMP, 1)
     tiles = tables.query_tiles(layout, size.rows // group, *reach_c.blocks, chunk)
@@ -267,13 +290,16 @@ def backward(
         ]
         dense.backward_queries[(len(tiles[number]), kv_heads)](
             q, do, dq, tiles[number], scale, scale * LOG2E, q.stride(0), q.stride(1), heads, *arguments, part,
-            selection.indices if listed else tiles[number], first, GROUP=group, HAS_CMP=cmp is not None, SLC=mode,
-            HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b, S=selection.select_block,
-            LOCAL=local,
+            selection.indices if listed else tiles[number], first, total, GROUP=group, HAS_CMP=cmp is not None,
+            SLC=mode, HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b,
+            S=selection.select_block, LOCAL=local,
             INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WHOLE=max(layout.longest, 1), DK=dk, DV=dv,
             BK=pad_dim(dk), BV=pad_dim(dv),
             ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=sources is not None, **size.launch,
         )  # fmt: skip
+    del part  # Room for the parts of the compressed keys' gradients.
+    if cmp:
+        grads["cmp"] = keys_of(cmp[0].settled(total), cmp[1])
     return dq, grads
 
 

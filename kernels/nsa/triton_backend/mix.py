@@ -10,15 +10,16 @@ from plumbline.kernels.nsa.triton_backend.common import load_rows, store_rows
 
 @triton.jit
 def merge_and_mix(
-    cmp_ptr, slc_ptr, win_ptr, slc_lse_ptr, pairs_ptr, pairs_lse_ptr, indices_ptr, gates_ptr, out_ptr, table_ptr,
-    first_row, last_row, heads,
+    cmp_ptr, cmp_lse_ptr, base_ptr, slc_ptr, win_ptr, slc_lse_ptr, pairs_ptr, pairs_lse_ptr, indices_ptr, gates_ptr,
+    out_ptr, table_ptr, first_row, last_row, heads,
     GROUP: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     HAS_CMP: tl.constexpr, SLC: tl.constexpr, MIX: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows (t, head) in [first_row, last_row).
 
     SLC 1: slc holds the forced blocks, merged here with the pairs of the others; 2: pairs alone; 3: slc is whole.
-    Merged output and lse replace slc's. MIX: out = the gated sum.
+    Merged output and lse replace slc's. MIX: out = the gated sum. base [Hkv, Dv] float32: what the compressed values,
+    and so the outputs cmp, were stored without.
     """
     row = first_row + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < last_row
@@ -62,17 +63,22 @@ def merge_and_mix(
         out += win * tl.load(gates_ptr + row * 3 + 2, mask=ok, other=0.0).to(tl.float32)[:, None]
         if HAS_CMP:
             cmp = load_rows(cmp_ptr, row * DV, ok, DV, BV).to(tl.float32)
+            seen = tl.load(cmp_lse_ptr + row, mask=ok, other=float("-inf")) > float("-inf")
+            cmp += load_rows(base_ptr, (row % heads).to(tl.int32) // GROUP * DV, seen, DV, BV)
             out += cmp * tl.load(gates_ptr + row * 3, mask=ok, other=0.0).to(tl.float32)[:, None]
         store_rows(out_ptr, row * DV, ok, out, DV, BV)
 
 
 @triton.jit
 def gate_gradients(
-    do_ptr, cmp_ptr, slc_ptr, win_ptr, cmp_lse_ptr, slc_lse_ptr, win_lse_ptr, gates_ptr, d_gates_ptr, shift_ptr,
-    dot_ptr, rows,
-    HAS_CMP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
+    do_ptr, cmp_ptr, base_ptr, slc_ptr, win_ptr, cmp_lse_ptr, slc_lse_ptr, win_lse_ptr, gates_ptr, d_gates_ptr,
+    shift_ptr, dot_ptr, rows, heads,
+    GROUP: tl.constexpr, HAS_CMP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """For each branch b: dot[b] = do . o_b, which is the gate's gradient too, and shift[b] = lse_b - log2(gate_b).
+
+    The compressed branch's output and values are without base [Hkv, Dv] (merge_and_mix), of which the gate's gradient
+    alone has a part.
 
     With the gate in the exponent, exp2(s - shift) is gate p, so that the branches' kernels need no gates.
     dot, shift [3, rows].
@@ -91,8 +97,12 @@ def gate_gradients(
             lse = tl.load(lse_ptr + row, mask=ok, other=0.0)
             gate = tl.load(gates_ptr + row * 3 + b, mask=ok, other=1.0).to(tl.float32)
             shift = tl.where(lse == float("-inf"), float("inf"), lse - tl.log2(gate))
-            tl.store(d_gates_ptr + row * 3 + b, dot.to(d_gates_ptr.dtype.element_ty), mask=ok)
             tl.store(dot_ptr + b * rows + row, dot, mask=ok)
+            if b == 0:
+                seen = ok & (lse > float("-inf"))
+                base = load_rows(base_ptr, (row % heads).to(tl.int32) // GROUP * DV, seen, DV, BV)
+                dot += tl.sum(do * base, 1)
+            tl.store(d_gates_ptr + row * 3 + b, dot.to(d_gates_ptr.dtype.element_ty), mask=ok)
             tl.store(shift_ptr + b * rows + row, shift, mask=ok)
         else:
             tl.store(d_gates_ptr + row * 3 + b, (row * 0).to(d_gates_ptr.dtype.element_ty), mask=ok)

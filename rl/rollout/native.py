@@ -76,8 +76,7 @@ class NativeEngine:
         self.slots = slots
         self.device = device
         self.version = 0
-        # Sparse attention's steps can be captured too, but no card has run that yet: tests/gpu/test_rollout_cuda.py turns it on.
-        self.on_device = device.startswith("cuda") and self.policy.config.attention == "full"
+        self.on_device = device.startswith("cuda")
         self.decoder: Decoder | None = None
         self.blocks = BlockCodec(self.policy.config) if self.policy.config.attention == "nsa" else None
 

@@ -49,9 +49,7 @@ def engine(request, tmp_path_factory):
     for parameter in policy.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     policy.save_pretrained(folder)
-    made = NativeEngine(str(folder), attention=None, codec=PlainCodec(), slots=24, device="cuda")
-    made.on_device = True
-    return made
+    return NativeEngine(str(folder), attention=None, codec=PlainCodec(), slots=24, device="cuda")
 
 
 def prompts(count=7):

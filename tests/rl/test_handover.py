@@ -34,7 +34,8 @@ def test_a_second_policy_of_another_shape_is_set_out_too():
     assert {name: t.sum().item() for name, t in shelf.tensors().items()} == {"a.weight": 16}
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 @pytest.mark.parametrize("device", DEVICES)

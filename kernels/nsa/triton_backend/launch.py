@@ -31,7 +31,7 @@ PAIR_BYTES = 2**31
 # Queries of a chunk at most: with more, the queries that one head's pairs gather no longer fit the L2 cache.
 PAIR_CHUNK = 8192
 # Programs that the gradients of compressed keys are cut into, where the sequences are long enough.
-BACKWARD_PROGRAMS = 1024
+BACKWARD_PROGRAMS = 2048
 
 
 @dataclass(frozen=True)

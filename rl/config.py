@@ -103,6 +103,11 @@ class RunConfig(Section):
                 f"rollout.max_staleness_steps ({self.rollout.max_staleness_steps}) needs rollout.engine native: "
                 "new weights must reach completions under way"
             )
+        if self.rollout.max_staleness_steps and self.evaluation.every_steps:
+            raise ValueError(
+                "evaluation.every_steps needs rollout.max_staleness_steps 0: the workers do not stop between steps; "
+                "`plumbline evaluate` measures checkpoints"
+            )
         algorithm = self.algorithm
         if algorithm.correction.low > algorithm.correction.high:
             raise ValueError(

@@ -38,6 +38,8 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     codec = Codec(config.policy.path, overrides=config.prompt)
     tasks, report = training_tasks(config, codec)
     check_settings(config, tasks, report, console)
+    if config.evaluation.every_steps:
+        evaluation_tasks(config, codec)
     plan = make_plan(config)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "train")

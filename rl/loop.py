@@ -16,6 +16,7 @@ from plumbline.rl.cluster import Roles
 from plumbline.rl.collect import Collector
 from plumbline.rl.config import RunConfig
 from plumbline.rl.files import writing
+from plumbline.rl.heldout import HeldOut
 from plumbline.rl.records import CompletionLog, history_rows, state_metrics, step_metrics, training_batch
 from plumbline.rl.tasks import TaskSet
 from plumbline.rl.telemetry import Telemetry
@@ -49,6 +50,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     history = HistoryWriter(folder / "history", config.name)
     log = CompletionLog(folder / "completions")
     checking = CheckingStage(config, roles.reward, collector, console)
+    held_out = HeldOut(config, roles, console)
 
     start = 0
     saved = checkpoints.latest(console) if resume else None
@@ -68,6 +70,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     history.truncate(state["history_offset"] if saved is not None else 0)
     log.drop_after(start)
     policy_version = roles.sync()
+    held_out.measure(start)
 
     def checkpoint(step: int) -> None:
         state = {"sampler": ahead.state(step), "history_offset": history.offset, "samples": tasks.fingerprint}
@@ -98,7 +101,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             metrics |= state_metrics(filled.graded, len(tasks), used_version, roles.clock.lap())
             metrics |= filled.metrics | step_metrics(filled.graded, filled.seconds, time.monotonic() - clock)
             metrics |= {"policy_version": policy_version, "replaced_workers": roles.replaced}
-            telemetry.log(step, metrics)
+            telemetry.log(step, metrics | held_out.measure(step))
             checkpoints.poll()
             if config.checkpoint_due(step):
                 checkpoint(step)  # its files are written while training goes on

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from plumbline.errors import InputError
-from plumbline.rl.batch import Sampling
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import RunConfig
 from plumbline.rl.evaluation import Evaluation, evaluate, finished_evaluation
 from plumbline.rl.files import write_whole
+from plumbline.rl.heldout import evaluation_sampling
 from plumbline.rl.loop import TrainingResult, train
 from plumbline.rl.memory import MemoryWatch
 from plumbline.rl.report import write_report
@@ -179,14 +179,8 @@ def evaluate_stage(
     resume: bool,
 ) -> Evaluation:
     """Evaluate a policy folder, or (None) the policy that the run starts from."""
-    settings = config.evaluation
-    sampling = Sampling(
-        settings.max_new_tokens or config.rollout.max_new_tokens,
-        settings.temperature,
-        settings.top_p,
-        seed=config.seed + 1,
-    )
-    output, completions = config.folder / "evaluation", settings.completions_per_problem
+    sampling, completions = evaluation_sampling(config), config.evaluation.completions_per_problem
+    output = config.folder / "evaluation"
     label = str(policy.relative_to(config.folder)) if policy else config.policy.path
     result = finished_evaluation(name, held_out, sampling, completions, output, label) if resume else None
     if result is None:

@@ -276,7 +276,9 @@ class EvaluationSection(Section):
     seed: int = Field(0)
     levels: list[int] | None = Field(None)
     families: list[str] | None = Field(None, description="Procedural families to draw from; None is all.")
-    every_steps: int = Field(0, ge=0, description="Evaluate during training; 0: never.")
+    every_steps: int = Field(
+        0, ge=0, description="`train`: evaluate at the start and after every so many steps; 0: never."
+    )
     completions_per_problem: PositiveInt = Field(1)
     temperature: float = Field(1.0, ge=0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)

@@ -219,6 +219,15 @@ METRICS: tuple[Metric, ...] = (
     _step("grader_error_ratio", "grader/error", "ratio", "Grader", "Gradings that failed.", **SHARE),
     _step("grader_bad_gold_ratio", "grader/bad_gold", "ratio", "Grader", "Golds that cannot be read.", **SHARE),
     _step(
+        "evaluation_accuracy_ratio",
+        "evaluation/accuracy",
+        "ratio",
+        "Held out",
+        "Accuracy on config.evaluation's problems, measured now and then.",
+        when="evaluation.every_steps > 0",
+        **SHARE,
+    ),
+    _step(
         "selection_epoch",
         "selection/epoch",
         "epochs",

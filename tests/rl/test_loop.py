@@ -162,3 +162,28 @@ def test_slots_and_workers_do_not_change_the_samples(straight, policy_path, tmp_
     columns = ["sample_id", "tokens", "reward"]
     few = read_history(source.folder / "history").select(columns).slice(0, 12)
     assert read_history(cfg.folder / "history").select(columns).equals(few)
+
+
+def test_held_out_accuracy_is_measured_while_training(straight, policy_path, roles, tmp_path):
+    cfg = config(policy_path, tmp_path, evaluation__source="procedural:heldout", evaluation__limit=5,
+                 evaluation__every_steps=2, evaluation__temperature=0.0)  # fmt: skip
+    result = train_quietly(cfg, roles)
+    # Evaluating changes nothing: neither the weights nor what is drawn.
+    for name, tensor in weights(straight[1]).items():
+        assert torch.equal(tensor, weights(result)[name]), name
+    figures = sorted((cfg.folder / "evaluation").glob("*.json"))
+    assert [path.name for path in figures] == ["step-000000.json", "step-000002.json", "step-000004.json"]
+    measured = {row["step"]: row for row in read_metrics(cfg.folder) if "evaluation/accuracy" in row}
+    assert sorted(measured) == [2, 4]
+    for step, row in measured.items():
+        tree = json.loads((cfg.folder / "evaluation" / f"step-{step:06d}.json").read_text())
+        assert row["evaluation/accuracy"] == tree["accuracy"]["mean"]
+        assert row["evaluation/low"] <= row["evaluation/accuracy"] <= row["evaluation/high"]
+    # The last one is what the checkpoint's policy answers.
+    rows = [json.loads(line) for line in (cfg.folder / "evaluation" / "step-000004.jsonl").read_text().splitlines()]
+    assert len({row["sample_id"] for row in rows}) == 5
+
+
+def test_held_out_problems_must_be_named(policy_path, roles, tmp_path):
+    with pytest.raises(InputError, match=r"evaluation\.source is not set"):
+        train_quietly(config(policy_path, tmp_path, evaluation__every_steps=1), roles)

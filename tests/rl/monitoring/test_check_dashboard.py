@@ -97,6 +97,7 @@ def test_every_panel_draws_a_run_in_prometheus(policy_path, tmp_path, monkeypatc
         "learner": {"learning_rate": 1e-2, "tokens_per_microbatch": 64, "threads": 1},
         "algorithm": {"kl_coefficient": 0.01},
         "checkpoint": {"every_steps": 0},
+        "evaluation": {"source": "procedural:heldout", "limit": 2, "every_steps": 5},
     }
     config = parse_config(settings)
     with socket.socket() as free:

@@ -87,6 +87,7 @@ def run(policy_path, tmp_path_factory):
         "reward": {"shaping": "plumbline.testing:short_is_good"},
         "algorithm": {"kl_coefficient": 0.01},
         "checkpoint": {"every_steps": 0},
+        "evaluation": {"source": "procedural:heldout", "limit": 2, "every_steps": 1},
         "ray": {"timeline_step": 2},
     }
     config = parse_config(settings)

@@ -1,8 +1,8 @@
 """The least that a step's work must cost on a card: bytes at the rate of a copy, floating-point operations at that of a
 large matrix product, whichever takes longer.
 
-Counted is what the mathematics needs, each operand once. Not counted: logits and activations on their way through memory,
-padding, recomputation, launches, the host.
+Counted is what the mathematics needs, each operand once. Not counted: logits and activations on their way through
+memory, padding, recomputation, launches, the host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """flops: of a large bfloat16 matrix product, a second; copied: bytes a second of a copy, read and written counted."""
+    """Of a card, a second.
+
+    Attributes:
+        flops: of a large bfloat16 matrix product.
+        copied: bytes of a large copy, read and written counted.
+    """
 
     flops: float
     copied: float
@@ -55,7 +60,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder with full attention, in numbers. `body`: weights of the layers' matrices; `head`: of the output matrix."""
+    """A decoder with full attention, in numbers.
+
+    Attributes:
+        body: weights of the layers' matrices.
+        head: of the output matrix.
+        parameters: all that are trained; norms and biases left out.
+        query_width, kv_width: heads times head dimension.
+    """
 
     body: int
     head: int
@@ -107,7 +119,8 @@ def rollout(shape: Shape, prompts: list[int], completions: list[list[int]]) -> W
     pairs = sum(p * (n - 1) + (n - 1) * n / 2 for p, group in zip(prompts, completions, strict=True) for n in group)
     read = sum(prompts)
     return Work(
-        2 * (shape.body + shape.head) * (steps + 1) + (pairs + rows + read) * shape.token_bytes,
+        # A new token is written; a pair of it with itself needs no read.
+        2 * (shape.body + shape.head) * (steps + 1) + (pairs + read) * shape.token_bytes,
         2 * shape.body * (read + rows)
         + 2 * shape.head * (rows + sum(len(group) for group in completions))
         + shape.pair_flops(pairs + sum(p * (p + 1) / 2 for p in prompts)),

@@ -1,15 +1,15 @@
-"""Long responses: a policy with Native Sparse Attention against the same policy with full attention, rollout and update.
+"""Long responses: Native Sparse Attention against full attention in the same policy, rollout and update.
 
     PYTHONPATH=. python benchmarks/long_rollout.py --out benchmarks/results/long_rollout.json
 
 The policy has SmolLM2-135M's shape, random weights, and positions for the longest response; the sparse one is converted
 from it. What the tokens are does not matter to the time, and no response ends early.
 
-**Rollout** is the native engine's: captured steps, its draws and its looks at what has ended. A response of 16k tokens is
-not drawn whole. At several contexts between its first token and its last, prompts of that length are read, copied to every
-slot, and --measure-tokens tokens are drawn; the time of a token in between is taken from the line through its neighbours,
-and the sum over the response is the time of the rollout. The cache is made for the whole response throughout, as it
-would be.
+**Rollout** is the native engine's: captured steps, its draws and its looks at what has ended. A response of 16k tokens
+is not drawn whole. At several contexts between its first token and its last, a prompt of that length is read and copied
+to every slot, and --measure-tokens tokens are drawn; the time of a token in between is taken from the line through its
+neighbours, and the sum over the response is the time of the rollout. The cache is made for the whole response
+throughout, as it would be. Reading the prompts is not in it.
 
 **Update** is one optimizer step of the learner on whole sequences (a prompt and a response of that length each), one
 sequence a microbatch: forward, backward and AdamW, bfloat16 arithmetic; the first, which compiles, is not counted.
@@ -184,7 +184,7 @@ def rollout(settings: dict[str, Any], length: int) -> dict[str, Any]:
 
 
 def seconds_a_token(engine: Any, context: int, room: int, sequences: int) -> float:
-    """Of the engine's loop, all sequences getting one token each, with `context` tokens in the cache and up to `room` more."""
+    """Of the engine's loop, each sequence getting one token, with `context` tokens in its cache or a few more."""
     import torch
 
     from benchmarks.rl_bench import now
@@ -296,7 +296,8 @@ def shown(kind: str, record: dict[str, Any]) -> Iterator[str]:
         )
     for length, row in record.get("update", {}).items():
         times = ", ".join(f"{seconds:.2f}" for seconds in row["seconds"])
-        yield f"  update on {length}: {row['tokens_per_second']:,.0f} tokens/s, peak {row['torch_peak_gib']:.1f} GiB ({times} s)"
+        speed, peak = row["tokens_per_second"], row["torch_peak_gib"]
+        yield f"  update on {length}: {speed:,.0f} tokens/s, peak {peak:.1f} GiB ({times} s)"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ what it had.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -42,8 +43,8 @@ def run_alone(
         environment: variables that it sees beside this process's.
 
     Returns:
-        what the function kept last, with `process_seconds` from start to end and, unless it came to its end, `failed`: one
-        line that says why.
+        what the function kept last, with `process_seconds` from start to end. Unless it came to its end there are
+        `failed`, one line that says why, and `last_words`, the end of its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     asked, answer, log = (folder / name for name in ("settings.json", "answer.json", "log"))
@@ -87,10 +88,8 @@ def _wait(process: subprocess.Popen[bytes], answer: Path, deadline: float) -> bo
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """The process was made the first of a session: its children are killed with it, and only they."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -112,7 +112,7 @@ def now() -> float:
 
 
 def peak_gib() -> float:
-    """Of the GPU's memory, most that torch's allocator gave out; 0 without one. vLLM's cache is in it where vLLM runs in this process."""
+    """Most of the GPU's memory that torch's allocator gave out; 0 without one. An engine in this process is in it."""
     return torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
 
 

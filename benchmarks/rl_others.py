@@ -39,8 +39,8 @@ def trl_generate(settings: dict[str, Any], keep: Keep) -> None:
 
 
 def _trl(bench: Bench, keep: Keep, **engine: Any) -> None:
-    """Steps of TRL's trainer, from the end of one optimizer step to the end of the next. It gives vLLM the new weights at the
-    start of a rollout, so each step holds one transfer, as ours do."""
+    """Steps of TRL's trainer, from the end of one optimizer step to the end of the next. It gives vLLM the new weights
+    at the start of a rollout, so each step holds one transfer, as ours do."""
     import tempfile
 
     from datasets import Dataset
@@ -52,9 +52,13 @@ def _trl(bench: Bench, keep: Keep, **engine: Any) -> None:
     total = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
     batch = min(settings["trl_batch"], total)
     problems = [row for window in bench.order for row in bench.problems(window)]
-    # One step more is never taken: the loader may look ahead.
+    encoded = [codec.encode(row["problem"]) for row in problems]
+    texts = [codec.tokenizer.decode(ids) for ids in encoded]
+    # TRL tokenizes the text once more, and is to read what the other modes read.
+    alike = sum(codec.tokenizer(text)["input_ids"] == ids for text, ids in zip(texts, encoded, strict=True))
+    keep({"prompts_read_alike": alike / len(encoded)})
     data = Dataset.from_list(
-        [{"prompt": codec.tokenizer.decode(codec.encode(row["problem"])), "gold": row["answer"]} for row in problems]
+        [{"prompt": text, "gold": row["answer"]} for text, row in zip(texts, problems, strict=True)]
     )
     parts: dict[str, list[float]] = {"rollout": [], "sync": [], "reward_wait": [], "tokens": [], "reward": []}
 
@@ -181,9 +185,3 @@ def vllm_alone(settings: dict[str, Any], keep: Keep) -> None:
             rate = tokens / seconds
             steps.append({"rollout": seconds, "completion_tokens": tokens, "rollout_tokens_per_second": rate})
             keep({name: bench.summary(steps)})
-
-
-def version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

@@ -1,4 +1,4 @@
-"""Our own modes of rl_step.py, each a function (settings, keep) for a process of its own; see there for what a step is."""
+"""Our own modes of rl_step.py, each a function (settings, keep) for a process of its own."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def _our_step(
 def _all_rows(
     bench: Bench, engine: Any, learner: Learner, groups: list[Group], keep: Keep, rates: floors.Rates | None
 ) -> None:
-    """The update where every group has a signal. Ours leaves completions without a gradient out, which a weak policy has
-    many of; the rewards are made up here so that none is."""
+    """The update where every group has a signal: ours leaves completions without a gradient out, and a weak policy has
+    many of them. The rewards are made up for it."""
     for group in groups:
         group.rewards = [float(number % 2) for number in range(len(group.completions))]
     batch = records.training_batch(groups)

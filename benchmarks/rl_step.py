@@ -12,17 +12,18 @@
 prompts x 8 completions a step, at most 256 new tokens, temperature 1, the same verifier as reward in as many processes,
 GRPO, one AdamW step on all 512 completions, float32 master weights with bfloat16 arithmetic.
 
-**A step** goes from the prompts' text to new weights in the rollout engine: tokenizing, rollout, what grading takes beyond
-the rollout, update, weight transfer. (TRL transfers when the next rollout begins; from the end of one optimizer step to
-the end of the next there is one transfer all the same.) Steps that compile and capture are shown apart (`warmup_steps`)
-and not counted, nor is what an engine takes to start (`start_seconds`). Completions are drawn, so their lengths differ a
-little between modes: tokens of completions, end tokens included, are counted in each, and rates are given beside seconds.
+**A step** goes from the prompts' text to new weights in the rollout engine: tokenizing, rollout, what grading takes
+beyond the rollout, update, weight transfer. (TRL transfers when the next rollout begins; from the end of one optimizer
+step to the end of the next there is one transfer all the same.) Steps that compile and capture are shown apart
+(`warmup_steps`) and not counted, nor is what an engine takes to start (`start_seconds`). Completions are drawn, so
+their lengths differ a little between modes: their tokens, end tokens included, are counted in each, and rates are given
+beside seconds.
 
 **Differences that stay.** Ours leaves completions without advantage (groups all right or all wrong) out of the update,
 which changes nothing but the time; `update_all_rows` is the update where no group is left out. TRL recomputes the
-log-probabilities before the update to correct for vLLM's by default; that is off here (--trl-correction turns it on), since
-ours takes its ratio to the engine's own. TRL runs with its defaults otherwise (SDPA attention, no activation
-checkpointing, 64 completions a microbatch).
+log-probabilities before the update to correct for vLLM's by default; that is off here (--trl-correction turns it on),
+since ours takes its ratio to the engine's own. Activation checkpointing, TRL's default, is off too, and a microbatch is
+--trl-batch completions.
 
 Each mode runs in a process of its own. One that fails or takes longer than --mode-seconds is named, with what it had
 measured until then; --out is written after each mode, and the processes' output lies beside it.
@@ -129,8 +130,8 @@ def environment(mode: str, settings: dict[str, Any]) -> dict[str, str]:
             "GLOO_SOCKET_IFNAME": "lo",
         }
     if mode in ("vllm", "trl-vllm"):
-        # The engine is asked for its model, to give it new weights. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT are TRL's
-        # to set, once its trainer is made: earlier, accelerate would take this for one of several processes.
+        # The engine is asked for its model, to give it new weights. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT are
+        # TRL's to set, once its trainer is made: earlier, accelerate would take this for one of several processes.
         wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if mode == "vllm-alone":
         wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
@@ -144,10 +145,8 @@ def shown(mode: str, record: dict[str, Any]) -> Iterator[str]:
     if "failed" in record:
         yield f"  FAILED: {record['failed']}"
         yield from (f"  | {line}" for line in record.get("last_words", []))
-    for part, of in [
-        ("", record),
-        *((name, record[name]) for name in ("with_logprobs", "tokens_only") if name in record),
-    ]:
+    parts = {"": record} | {name: record[name] for name in ("with_logprobs", "tokens_only") if name in record}
+    for part, of in parts.items():
         warm = [step.get("step", step.get("rollout")) for step in of.get("warmup_steps", [])]
         if warm:
             yield f"  {part} not counted: {', '.join(f'{seconds:.2f}' for seconds in warm)} s"
@@ -156,10 +155,10 @@ def shown(mode: str, record: dict[str, Any]) -> Iterator[str]:
     for name in ("update_all_rows", "rollout_floor", "decode_step"):
         if "share" in record.get(name, {}):
             floor = record[name]
-            yield (
-                f"  {name}: {floor['seconds'] * 1e3:,.2f} ms, floor {floor['floor_seconds'] * 1e3:,.2f} ms "
-                f"({floor['bytes'] / 1e9:,.2f} GB, {floor['flops'] / 1e12:,.2f} TFLOP): {floor['share']:.1%} of it reached"
-            )
+            work = f"{floor['bytes'] / 1e9:,.2f} GB, {floor['flops'] / 1e12:,.2f} TFLOP"
+            least = f"{floor['floor_seconds'] * 1e3:,.2f} ms"
+            taken = f"{floor['seconds'] * 1e3:,.2f} ms"
+            yield f"  {name}: {taken}, floor {least} ({work}), {floor['share']:.1%} of it reached"
 
 
 def compared(modes: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -179,7 +178,7 @@ def compared(modes: dict[str, dict[str, Any]]) -> Iterator[str]:
         alone = modes.get("vllm-alone", {}).get(name, {}).get("median")
         if alone:
             here, there = ours["rollout_tokens_per_second"], alone["rollout_tokens_per_second"]
-            yield f"native's rollout against vLLM alone ({name}): {here:,.0f} and {there:,.0f} tokens a second, {here / there:.2f}x"
+            yield f"rollout, native and vLLM alone ({name}), tokens/s: {here:,.0f}, {there:,.0f}; {here / there:.2f}x"
 
 
 if __name__ == "__main__":

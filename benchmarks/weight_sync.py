@@ -1,4 +1,4 @@
-"""Seconds from the learner's new weights to a rollout engine that holds them, for a policy of 1.5B parameters on one card.
+"""Seconds until a rollout engine holds the learner's new weights, for a policy of 1.5B parameters on one card.
 
     PYTHONPATH=. python benchmarks/weight_sync.py --out benchmarks/results/weight_sync.json
 
@@ -165,7 +165,7 @@ def config(settings: dict[str, Any]) -> Any:
 
 
 def make_policy(settings: dict[str, Any]) -> None:
-    """A folder with random bfloat16 weights and the embedded policy's tokenizer, which no one uses; kept if there already."""
+    """A folder with random bfloat16 weights, and the embedded policy's tokenizer, which no one uses; made once."""
     import torch
 
     from benchmarks.rl_bench import DEVICE

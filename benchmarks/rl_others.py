@@ -18,7 +18,9 @@ from plumbline.models.load import load_tokenizer, policy_folder
 
 def trl_vllm(settings: dict[str, Any], keep: Keep) -> None:
     """TRL's GRPOTrainer with vLLM in its own process (vllm_mode colocate)."""
-    keep({"engine": f"vLLM {version('vllm')}, colocated"})
+    import vllm
+
+    keep({"engine": f"vLLM {vllm.__version__}, colocated"})
     bench = Bench(settings)
     _trl(
         bench,
@@ -147,9 +149,10 @@ def _timed(owner: Any, name: str, seconds: list[float]) -> None:
 def vllm_alone(settings: dict[str, Any], keep: Keep) -> None:
     """vLLM answers each step's prompts; nothing is learnt. With the drawn tokens' log-probabilities, as a learner needs
     them, and without."""
+    import vllm
     from vllm import LLM, SamplingParams
 
-    keep({"engine": f"vLLM {version('vllm')}"})
+    keep({"engine": f"vLLM {vllm.__version__}"})
     bench = Bench(settings)
     config = bench.config.rollout
     began = time.perf_counter()

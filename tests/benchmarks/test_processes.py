@@ -8,7 +8,7 @@ import pytest
 from benchmarks import processes
 from benchmarks.processes import run_alone
 
-MODULE = '''
+MODULE = """
 import os, subprocess, sys, time
 
 def good(settings, keep):
@@ -33,7 +33,7 @@ def lingers(settings, keep):
     import threading
     keep({"a": 1})
     threading.Thread(target=time.sleep, args=(100,)).start()
-'''
+"""
 
 
 @pytest.fixture

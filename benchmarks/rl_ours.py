@@ -109,7 +109,7 @@ def _all_rows(
         learner.update(batch)
         seconds.append(now() - began)
     measured = min(seconds[1:])
-    record: dict[str, Any] = {"update_all_rows": {"seconds": seconds[1:]}}
+    record: dict[str, Any] = {"update_all_rows": {"each_seconds": seconds[1:]}}
     if rates is not None:
         shape = floors.Shape.of(learner.policy.config)
         rows = [(len(p), len(c)) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]

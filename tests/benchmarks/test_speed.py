@@ -51,7 +51,7 @@ def test_a_mode_that_fails_is_named_and_costs_no_other_its_figures(problems, tmp
         assert 4 <= step["completion_tokens"] <= 16
         parts = step["rollout"] + step["reward_wait"] + step["update"] + step["sync"]
         assert step["step"] == pytest.approx(parts)
-    assert len(native["update_all_rows"]["seconds"]) == 2
+    assert len(native["update_all_rows"]["each_seconds"]) == 2
     printed = capsys.readouterr().out
     assert "not installed: no_such_package" in printed
     assert "FAILED: AttributeError" in printed

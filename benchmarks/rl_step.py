@@ -113,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
 
 def environment(mode: str, settings: dict[str, Any]) -> dict[str, str]:
     """What a mode's process sees beside this one's environment. Set already: kept."""
-    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    # One GPU: transformers' trainer would spread over all that it sees.
+    wanted = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
     if Path(settings["policy"]).exists() or "/" not in settings["policy"]:
         # The policy is here: no library has to ask the hub for anything.
         wanted |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -4,9 +4,10 @@
 
 The policy has Qwen2.5-1.5B's shape and random weights; the learner's are float32, the engine's bfloat16.
 
-    in-process   learner and engine share a process: policy_weights, then load_weights, as rl_step.py does
-    actors       learner and rollout worker are Ray actors, as in a training run: publish, then load_weights, both with
-                 their checksums. Where the weights travel is the run's own affair; on one card each books half of it
+    in-process    learner and engine share a process: policy_weights, then load_weights, as rl_step.py does
+    actors        learner and rollout worker are Ray actors, as in a training run, each with half of the card: publish,
+                  then load_weights, both with their checksums
+    actors-host   the same through the host's memory, as between machines; not measured unless asked for
 
 Each way runs in a process of its own; --out is written after each.
 """
@@ -25,7 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.processes import Keep, run_alone, write
 
-WAYS = {"in-process": "benchmarks.weight_sync:in_process", "actors": "benchmarks.weight_sync:actors"}
+WAYS = {
+    "in-process": "benchmarks.weight_sync:in_process",
+    "actors": "benchmarks.weight_sync:actors",
+    "actors-host": "benchmarks.weight_sync:actors_through_host",
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": {
         "vocab_size": 151936,
@@ -70,7 +75,7 @@ def main(given: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
-    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    made.add_argument("--ways", nargs="+", choices=WAYS, default=["in-process", "actors"])
     made.add_argument("--repeats", type=int, default=5, help="after one transfer that is not counted")
     made.add_argument("--way-seconds", type=float, default=200, help="a process is killed after so many")
     made.add_argument("--out", type=Path)
@@ -105,26 +110,34 @@ def in_process(settings: dict[str, Any], keep: Keep) -> None:
 
 
 def actors(settings: dict[str, Any], keep: Keep) -> None:
+    _actors(settings, keep, through_host=False)
+
+
+def actors_through_host(settings: dict[str, Any], keep: Keep) -> None:
+    _actors(settings, keep, through_host=True)
+
+
+def _actors(settings: dict[str, Any], keep: Keep, *, through_host: bool) -> None:
     """The learner's actor and one rollout worker; nothing else of a run is started but its reward worker."""
     import torch
 
     from benchmarks.rl_bench import machine
+    from plumbline.models.load import policy_config
     from plumbline.models.policy import Policy
     from plumbline.rl.cluster import Roles
-    from plumbline.rl.rollout import native  # noqa: F401  (a missing engine is to fail before Ray starts)
 
     keep({"machine": machine()})
     make_policy(settings)
     run = config(settings)
     with Roles.start(run) as roles:
         roles.begin(run)
+        if through_host:
+            roles.cards = {}  # as if no two of them were on one card
         seconds = []
         for _ in range(1 + settings["repeats"]):
             began = time.perf_counter()
             roles.sync()
             seconds.append(time.perf_counter() - began)
-    from plumbline.models.load import policy_config
-
     with torch.device("meta"):
         keep(summary(Policy(policy_config(settings["policy"])), seconds))
 

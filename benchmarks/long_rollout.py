@@ -79,7 +79,8 @@ def main(given: list[str] | None = None) -> int:
                 "benchmarks.long_rollout:measure", settings | {"attention": kind}, logs / kind, seconds=seconds
             )
             result["kinds"][kind] = record
-            result.setdefault("machine", record.get("machine", {}))
+            if "machine" in record:
+                result.setdefault("machine", record["machine"])
             result["ratios"] = ratios(result["kinds"])
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ def run_alone(
         what the function kept last, with `process_seconds` from start to end. Unless it came to its end there are
         `failed`, one line that says why, and `last_words`, the end of its output.
     """
+    folder = folder.resolve()  # the process runs in the repository's root
     folder.mkdir(parents=True, exist_ok=True)
     asked, answer, log = (folder / name for name in ("settings.json", "answer.json", "log"))
     asked.write_text(json.dumps(settings, default=str), encoding="utf-8")

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -64,9 +65,16 @@ PACKAGES = {
 def main(given: list[str] | None = None) -> int:
     arguments = parser().parse_args(given)
     settings = vars(arguments).copy()
-    out, modes, seconds = settings.pop("out"), settings.pop("modes"), settings.pop("mode_seconds")
+    out, modes, seconds, add = (settings.pop(name) for name in ("out", "modes", "mode_seconds", "add"))
     settings["data"] = str(arguments.data.resolve())
+    if arguments.policy not in ("embedded", "smollm2") and Path(arguments.policy).exists():
+        settings["policy"] = str(Path(arguments.policy).resolve())
     result: dict[str, Any] = {"work": settings | {"data": arguments.data.name}, "modes": {}}
+    if add:
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if earlier["work"] != result["work"]:
+            sys.exit(f"--add: {out} has figures of other work: {earlier['work']}")
+        result = earlier
     with tempfile.TemporaryDirectory() as scratch:
         logs = out.with_suffix("") if out else Path(scratch)
         for mode in modes:
@@ -78,7 +86,8 @@ def main(given: list[str] | None = None) -> int:
                     MODES[mode], settings, logs / mode, seconds=seconds, environment=environment(mode, settings)
                 )
             result["modes"][mode] = record
-            result.setdefault("machine", record.get("machine", {}))
+            if "machine" in record:
+                result.setdefault("machine", record["machine"])
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write(out, result)
@@ -108,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--graders", type=int, default=8, help="grading processes")
     made.add_argument("--mode-seconds", type=float, default=240, help="a mode's process is killed after so many")
     made.add_argument("--out", type=Path)
+    made.add_argument("--add", action="store_true", help="keep what --out has of other modes, measured on this machine")
     return made
 
 
@@ -167,14 +177,19 @@ def compared(modes: dict[str, dict[str, Any]]) -> Iterator[str]:
     ours = modes.get("native", {}).get("median")
     if ours is None:
         return
+    whole = modes["native"].get("update_all_rows", {}).get("each_seconds")
     for mode, record in modes.items():
         other = record.get("median", {})
-        if mode != "native" and "step" in other:
-            rate = (ours["completion_tokens"] / ours["step"]) / (other["completion_tokens"] / other["step"])
-            yield (
-                f"native against {mode}: {other['step'] / ours['step']:.2f}x in seconds a step "
-                f"({ours['step']:.3f} and {other['step']:.3f}), {rate:.2f}x in tokens a second of the whole step"
-            )
+        if mode == "native" or "step" not in other:
+            continue
+        rate = (ours["completion_tokens"] / ours["step"]) / (other["completion_tokens"] / other["step"])
+        yield (
+            f"native against {mode}: {other['step'] / ours['step']:.2f}x in seconds a step "
+            f"({ours['step']:.3f} and {other['step']:.3f}), {rate:.2f}x in tokens a second of the whole step"
+        )
+        if whole:
+            step = ours["step"] - ours["update"] + min(whole)
+            yield f"  with every group in native's update: {other['step'] / step:.2f}x ({step:.3f} s)"
     for name in ("with_logprobs", "tokens_only"):
         alone = modes.get("vllm-alone", {}).get(name, {}).get("median")
         if alone:

@@ -58,7 +58,8 @@ def main(given: list[str] | None = None) -> int:
         for way in ways:
             record = run_alone(WAYS[way], settings, logs / way, seconds=seconds)
             result["ways"][way] = record
-            result.setdefault("machine", record.get("machine", {}))
+            if "machine" in record:
+                result.setdefault("machine", record["machine"])
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write(out, result)

@@ -55,6 +55,14 @@ def test_a_mode_that_fails_is_named_and_costs_no_other_its_figures(problems, tmp
     printed = capsys.readouterr().out
     assert "not installed: no_such_package" in printed
     assert "FAILED: AttributeError" in printed
+    # One mode again, beside what is there.
+    monkeypatch.setitem(rl_step.PACKAGES, "trl-vllm", ["no_other_package"])
+    again = [*WORK, "--data", str(problems), "--modes", "trl-vllm", "--out", str(out), "--add"]
+    assert rl_step.main([*again, "--warmup", "1", "--steps", "2"]) == 1
+    added = json.loads(out.read_text())["modes"]
+    assert added == made | {"trl-vllm": {"failed": "not installed: no_other_package"}}
+    with pytest.raises(SystemExit, match="other work"):
+        rl_step.main(again)
 
 
 def test_measured_steps_see_the_same_prompts_however_many_warm_up(problems):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.processes import Keep, run_alone, write
 
 KINDS = ("full", "nsa")
+PARTS = ("rollout", "update")
 # SmolLM2-135M; `tiny` is for trying the script out on a CPU.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {
@@ -88,7 +90,8 @@ def main(given: list[str] | None = None) -> int:
             print("\n".join(shown(kind, record)), flush=True)
     for length, row in result["ratios"].items():
         print(f"full / nsa at {length}: " + ", ".join(f"{name} {value:.2f}x" for name, value in row.items()))
-    return 1 if any("failed" in record for record in result["kinds"].values()) else 0
+    rows = [row for record in result["kinds"].values() for part in PARTS for row in record.get(part, {}).values()]
+    return 1 if any("failed" in row for row in [*result["kinds"].values(), *rows]) else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,16 +118,18 @@ def measure(settings: dict[str, Any], keep: Keep) -> None:
 
     keep({"machine": machine()})
     make_policy(settings)
-    rollouts: dict[str, Any] = {}
-    updates: dict[str, Any] = {}
-    for length in settings["lengths"]:
-        rollouts[str(length)] = rollout(settings, length)
-        keep({"rollout": rollouts})
-    for length in settings["lengths"] if settings["update_sequences"] else []:
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-        updates[str(length)] = update(settings, length)
-        keep({"update": updates})
+    parts = {"rollout": rollout} | ({"update": update} if settings["update_sequences"] else {})
+    for name, part in parts.items():
+        rows: dict[str, Any] = {}
+        for length in settings["lengths"]:
+            try:
+                rows[str(length)] = part(settings, length)
+            except RuntimeError as error:  # memory that does not suffice, above all; the next part may well fit
+                traceback.print_exc()
+                rows[str(length)] = {"failed": " ".join(str(error).split())[:300]}
+            keep({name: rows})
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()
 
 
 def make_policy(settings: dict[str, Any]) -> None:
@@ -143,7 +148,9 @@ def make_policy(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         policy = Policy(config)
-    policy.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).save_pretrained(folder)
+    partial = folder.with_name("partial")  # a process that is cut off leaves no half of a policy
+    policy.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).save_pretrained(partial)
+    partial.rename(folder)
 
 
 def rollout(settings: dict[str, Any], length: int) -> dict[str, Any]:
@@ -274,9 +281,11 @@ def update(settings: dict[str, Any], length: int) -> dict[str, Any]:
 def ratios(kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """How many times faster the sparse policy is, and how many times less memory it takes, by response length."""
     table: dict[str, dict[str, float]] = {}
-    for part in ("rollout", "update"):
+    for part in PARTS:
         full, nsa = (kinds.get(kind, {}).get(part, {}) for kind in KINDS)
         for length in full.keys() & nsa.keys():
+            if "failed" in full[length] or "failed" in nsa[length]:
+                continue
             row = table.setdefault(length, {})
             row[part] = nsa[length]["tokens_per_second"] / full[length]["tokens_per_second"]
             if full[length]["torch_peak_gib"]:
@@ -284,18 +293,26 @@ def ratios(kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     return dict(sorted(table.items(), key=lambda entry: int(entry[0])))
 
 
+def measured(record: dict[str, Any], part: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(length, row) for length, row in record.get(part, {}).items() if "failed" not in row]
+
+
 def shown(kind: str, record: dict[str, Any]) -> Iterator[str]:
     yield f"{kind} (process {record['process_seconds']:.0f} s)"
     if "failed" in record:
         yield f"  FAILED: {record['failed']}"
         yield from (f"  | {line}" for line in record.get("last_words", []))
-    for length, row in record.get("rollout", {}).items():
+    for part in PARTS:
+        for length, row in record.get(part, {}).items():
+            if "failed" in row:
+                yield f"  {part} of {length} FAILED: {row['failed']}"
+    for length, row in measured(record, "rollout"):
         times = ", ".join(f"{context}: {seconds * 1e3:.2f}" for context, seconds in row["seconds_a_token"].items())
         yield (
             f"  rollout of {length}: {row['tokens_per_second']:,.0f} tokens/s, peak {row['torch_peak_gib']:.1f} GiB "
             f"(ms a token of all sequences at context {times})"
         )
-    for length, row in record.get("update", {}).items():
+    for length, row in measured(record, "update"):
         times = ", ".join(f"{seconds:.2f}" for seconds in row["seconds"])
         speed, peak = row["tokens_per_second"], row["torch_peak_gib"]
         yield f"  update on {length}: {speed:,.0f} tokens/s, peak {peak:.1f} GiB ({times} s)"

@@ -193,9 +193,11 @@ def make_policy(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         policy = Policy(PolicyConfig(**SHAPES[settings["shape"]]))
-    policy.to(torch.bfloat16).save_pretrained(folder)
+    partial = folder.with_name("partial")  # a process that is cut off leaves no half of a policy
+    policy.to(torch.bfloat16).save_pretrained(partial)
     del policy
-    Codec("embedded").save(folder)
+    Codec("embedded").save(partial)
+    partial.rename(folder)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
 

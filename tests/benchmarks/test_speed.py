@@ -94,6 +94,26 @@ def test_long_responses_of_both_kinds(tmp_path):
     assert table["96"]["update"] == pytest.approx(nsa / full)
 
 
+def test_a_length_that_does_not_fit_is_named(tmp_path, monkeypatch):
+    def part(settings, length):
+        if length == 64:
+            raise torch.OutOfMemoryError("too\nmuch")
+        return {"seconds": [0.5], "tokens_per_second": 10.0, "torch_peak_gib": 0.0}
+
+    monkeypatch.setattr(long_rollout, "rollout", part)
+    monkeypatch.setattr(long_rollout, "update", part)
+    settings = vars(long_rollout.parser().parse_args(["--shape", "tiny", "--lengths", "64", "32"]))
+    record = {"process_seconds": 1.0}
+    long_rollout.measure(settings | {"attention": "full", "policy": str(tmp_path / "policy")}, record.update)
+    assert record["update"]["64"] == {"failed": "too much"}
+    assert record["update"]["32"]["tokens_per_second"] == 10.0
+    assert long_rollout.ratios({"full": record, "nsa": record}) == {"32": {"rollout": 1.0, "update": 1.0}}
+    record["rollout"] = {"64": record["rollout"]["64"]}
+    printed = list(long_rollout.shown("full", record))
+    assert "  rollout of 64 FAILED: too much" in printed
+    assert any("update on 32" in line for line in printed)
+
+
 def test_the_sum_over_a_response():
     # 0.1 s a token up to 100 tokens, then on a line to 0.3 s at 200, then level.
     assert long_rollout.over_response({100: 0.1, 200: 0.3}, 50, 200) == pytest.approx(50 * 0.1 + 100 * 0.2 + 50 * 0.3)

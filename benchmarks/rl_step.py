@@ -1,265 +1,201 @@
 """One optimizer step of reinforcement learning, ours beside TRL's GRPOTrainer, in one run on one machine.
 
-    python benchmarks/rl_step.py --data gsm8k/train.jsonl --out benchmarks/results/rl_step.json
+    PYTHONPATH=. python benchmarks/rl_step.py --data gsm8k/train.jsonl --out benchmarks/results/rl_step.json
 
-The work is the same for both: a policy (SmolLM2-135M-Instruct), the same GSM8K prompts in the same chat template, 64
-prompts x 8 completions a step, at most 256 new tokens, temperature 1, the same verifier as reward, GRPO, one AdamW step
-on all 512 completions, float32 master weights with bfloat16 arithmetic. A step is timed from the first prompt to new
-weights in the rollout engine; the first steps, which compile and capture, are not counted.
+    native        our learner, our engine
+    vllm          our learner, vLLM as engine
+    trl-vllm      TRL's GRPOTrainer, vLLM colocated
+    trl-generate  TRL's GRPOTrainer, transformers' generate
+    vllm-alone    vLLM answers the same prompts, nothing is learnt: rollout only
+
+**The work** is the same for all: a policy (SmolLM2-135M-Instruct), the same GSM8K prompts in the same chat template, 64
+prompts x 8 completions a step, at most 256 new tokens, temperature 1, the same verifier as reward in as many processes,
+GRPO, one AdamW step on all 512 completions, float32 master weights with bfloat16 arithmetic.
+
+**A step** goes from the prompts' text to new weights in the rollout engine: tokenizing, rollout, what grading takes
+beyond the rollout, update, weight transfer. (TRL transfers when the next rollout begins; from the end of one optimizer
+step to the end of the next there is one transfer all the same.) Steps that compile and capture are shown apart
+(`warmup_steps`) and not counted, nor is what an engine takes to start (`start_seconds`). Completions are drawn, so
+their lengths differ a little between modes: their tokens, end tokens included, are counted in each, and rates are given
+beside seconds.
+
+**Differences that stay.** Ours leaves completions without advantage (groups all right or all wrong) out of the update,
+which changes nothing but the time; `update_all_rows` is the update where no group is left out. TRL recomputes the
+log-probabilities before the update to correct for vLLM's by default; that is off here (--trl-correction turns it on),
+since ours takes its ratio to the engine's own. Activation checkpointing, TRL's default, is off too, and a microbatch is
+--trl-batch completions.
+
+Each mode runs in a process of its own. One that fails or takes longer than --mode-seconds is named, with what it had
+measured until then; --out is written after each mode, and the processes' output lies beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import platform
-import statistics
-import time
-from concurrent.futures import ThreadPoolExecutor
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plumbline.rewards.workers import Grader
-from plumbline.rl.batch import Group, Prompt, Sampling, TrainingBatch
-from plumbline.rl.config import RunConfig, parse_config
-from plumbline.rl.learner import Learner
-from plumbline.rl.learner_state import policy_weights
-from plumbline.rl.rollout import make_engine
-from plumbline.rl.text import Codec
+from benchmarks.processes import run_alone, write
+
+MODES = {
+    "native": "benchmarks.rl_ours:native",
+    "vllm": "benchmarks.rl_ours:vllm",
+    "trl-vllm": "benchmarks.rl_others:trl_vllm",
+    "trl-generate": "benchmarks.rl_others:trl_generate",
+    "vllm-alone": "benchmarks.rl_others:vllm_alone",
+}
+USUAL = ["native", "trl-vllm", "trl-generate", "vllm-alone"]
+PACKAGES = {
+    "native": [],
+    "vllm": ["vllm"],
+    "trl-vllm": ["trl", "datasets", "vllm"],
+    "trl-generate": ["trl", "datasets"],
+    "vllm-alone": ["vllm"],
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="smollm2")
-    parser.add_argument("--attention", choices=["full", "nsa"])
-    parser.add_argument("--data", type=Path, required=True, help="JSONL with `problem` and `answer`")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--completions", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=32768)
-    parser.add_argument("--liger", action="store_true")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--trl-steps", type=int, default=2, help="0 leaves TRL out")
-    parser.add_argument("--trl-batch", type=int, default=64, help="completions of one of TRL's microbatches")
-    parser.add_argument("--graders", type=int, default=8)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+def main(given: list[str] | None = None) -> int:
+    arguments = parser().parse_args(given)
+    settings = vars(arguments).copy()
+    out, modes, seconds, add = (settings.pop(name) for name in ("out", "modes", "mode_seconds", "add"))
+    settings["data"] = str(arguments.data.resolve())
+    if arguments.policy not in ("embedded", "smollm2") and Path(arguments.policy).exists():
+        settings["policy"] = str(Path(arguments.policy).resolve())
+    result: dict[str, Any] = {"work": settings | {"data": arguments.data.name}, "modes": {}}
+    if add:
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if earlier["work"] != result["work"]:
+            sys.exit(f"--add: {out} has figures of other work: {earlier['work']}")
+        result = earlier
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = out.with_suffix("") if out else Path(scratch)
+        for mode in modes:
+            missing = [name for name in PACKAGES[mode] if importlib.util.find_spec(name) is None]
+            if missing:
+                record: dict[str, Any] = {"failed": f"not installed: {', '.join(missing)}"}
+            else:
+                record = run_alone(
+                    MODES[mode], settings, logs / mode, seconds=seconds, environment=environment(mode, settings)
+                )
+            result["modes"][mode] = record
+            if "machine" in record:
+                result.setdefault("machine", record["machine"])
+            if out:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write(out, result)
+            print("\n".join(shown(mode, record)), flush=True)
+    print("\n".join(compared(result["modes"])), flush=True)
+    return 1 if any("failed" in record for record in result["modes"].values()) else 0
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [json.loads(line) for line in arguments.data.read_text(encoding="utf-8").splitlines()]
-    config = parse_config(
-        {
-            "name": "rl_step",
-            "policy": {"path": arguments.policy, "attention": arguments.attention, "device": device},
-            "rollout": {
-                "prompts_per_step": arguments.prompts,
-                "completions_per_prompt": arguments.completions,
-                "max_new_tokens": arguments.max_new_tokens,
-                "slots": arguments.prompts * arguments.completions,
-                "precision": "bfloat16" if device == "cuda" else "float32",
-            },
-            "learner": {
-                "precision": "bfloat16" if device == "cuda" else "float32",
-                "tokens_per_microbatch": arguments.tokens_per_microbatch,
-                "logprob_chunk_tokens": 8192,
-                "liger": arguments.liger,
-            },
-            "algorithm": {"advantage": "grpo", "aggregation": "sequence"},
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--modes", nargs="+", choices=MODES, default=USUAL)
+    made.add_argument("--policy", default="smollm2")
+    made.add_argument("--attention", choices=["full", "nsa"], help="of our modes")
+    made.add_argument("--data", type=Path, required=True, help="JSONL with `id`, `problem` and `answer`")
+    made.add_argument("--prompts", type=int, default=64)
+    made.add_argument("--completions", type=int, default=8)
+    made.add_argument("--max-new-tokens", type=int, default=256)
+    made.add_argument("--tokens-per-microbatch", type=int, default=32768, help="of our learner")
+    made.add_argument("--liger", action="store_true", help="liger-kernel in our learner")
+    made.add_argument("--warmup", type=int, default=2, help="steps that are not counted (trl-generate: 1)")
+    made.add_argument("--steps", type=int, default=5, help="steps that are counted")
+    made.add_argument("--generate-steps", type=int, default=1, help="the same for trl-generate, whose steps are long")
+    made.add_argument("--trl-batch", type=int, default=64, help="completions of one of TRL's microbatches")
+    made.add_argument("--trl-correction", action="store_true", help="TRL corrects for vLLM's log-probabilities")
+    made.add_argument("--memory-share", type=float, default=0.3, help="of the GPU's memory, for vLLM beside a learner")
+    made.add_argument("--alone-memory-share", type=float, default=0.6, help="the same for vllm-alone")
+    made.add_argument("--graders", type=int, default=8, help="grading processes")
+    made.add_argument("--mode-seconds", type=float, default=240, help="a mode's process is killed after so many")
+    made.add_argument("--out", type=Path)
+    made.add_argument("--add", action="store_true", help="keep what --out has of other modes, measured on this machine")
+    return made
+
+
+def environment(mode: str, settings: dict[str, Any]) -> dict[str, str]:
+    """What a mode's process sees beside this one's environment. Set already: kept."""
+    # One GPU: transformers' trainer would spread over all that it sees.
+    wanted = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
+    if Path(settings["policy"]).exists() or "/" not in settings["policy"]:
+        # The policy is here: no library has to ask the hub for anything.
+        wanted |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if mode in ("vllm", "trl-vllm", "vllm-alone"):
+        wanted |= {
+            # FlashInfer's sampler is compiled at first use and needs a CUDA toolkit.
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            # One process on one machine: no name or interface has to be looked up.
+            "VLLM_HOST_IP": "127.0.0.1",
+            "MASTER_ADDR": "127.0.0.1",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": "lo",
         }
-    )
-    result: dict[str, Any] = {"machine": machine(device), "work": vars(arguments) | {"data": arguments.data.name}}
-    result["work"].pop("out")
-    with Graders(arguments.graders) as graders:
-        result["plumbline"] = ours(config, rows, graders, device, arguments.warmup, arguments.steps)
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        if arguments.trl_steps:
-            result["trl"] = trl(config, rows, graders, device, arguments.trl_steps, arguments.trl_batch)
-    report(result)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if mode in ("vllm", "trl-vllm"):
+        # The engine is asked for its model, to give it new weights. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT are
+        # TRL's to set, once its trainer is made: earlier, accelerate would take this for one of several processes.
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if mode == "vllm-alone":
+        wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    if mode in ("trl-vllm", "vllm-alone"):
+        wanted["VLLM_PLUGINS"] = ""  # vLLM's own architectures alone
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-class Graders:
-    """Several grading processes behind one thread each, so that grading goes on beside generation."""
+def shown(mode: str, record: dict[str, Any]) -> Iterator[str]:
+    yield f"{mode} ({record.get('engine', '-')}; process {record.get('process_seconds', 0):.0f} s)"
+    if "failed" in record:
+        yield f"  FAILED: {record['failed']}"
+        yield from (f"  | {line}" for line in record.get("last_words", []))
+    parts = {"": record} | {name: record[name] for name in ("with_logprobs", "tokens_only") if name in record}
+    for part, of in parts.items():
+        warm = [step.get("step", step.get("rollout")) for step in of.get("warmup_steps", [])]
+        if warm:
+            yield f"  {part} not counted: {', '.join(f'{seconds:.2f}' for seconds in warm)} s"
+        for name, value in of.get("median", {}).items():
+            yield f"  {part} {name:28s} {value:14,.4f}"
+    for name in ("update_all_rows", "rollout_floor", "decode_step"):
+        if "share" in record.get(name, {}):
+            floor = record[name]
+            work = f"{floor['bytes'] / 1e9:,.2f} GB, {floor['flops'] / 1e12:,.2f} TFLOP"
+            least = f"{floor['floor_seconds'] * 1e3:,.2f} ms"
+            taken = f"{floor['seconds'] * 1e3:,.2f} ms"
+            yield f"  {name}: {taken}, floor {least} ({work}), {floor['share']:.1%} of it reached"
 
-    def __init__(self, count: int) -> None:
-        self.grader = Grader(count)
-        self.pool = ThreadPoolExecutor(count)
 
-    def submit(self, pairs: list[tuple[str, str]]) -> Any:
-        return self.pool.submit(self.grader.grade_many, pairs)
-
-    def __enter__(self) -> Graders:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown()
-        self.grader.close()
-
-
-def ours(
-    config: RunConfig, rows: list[dict[str, str]], graders: Graders, device: str, warmup: int, steps: int
-) -> dict[str, Any]:
-    """Seconds of each phase of each counted step."""
-    codec = Codec(config.policy.path)
-    settings = config.rollout
-    engine = make_engine(config, config.policy.path, config.policy.attention, codec, device)
-    learner = Learner(config, device)
-    phases: list[dict[str, float]] = []
-    for step in range(warmup + steps):
-        problems = rows[step * settings.prompts_per_step : (step + 1) * settings.prompts_per_step]
-        began = now(device)
-        prompts = [
-            Prompt(index, row["id"], codec.encode(row["problem"]), row["problem"], row["answer"], key=step)
-            for index, row in enumerate(problems)
-        ]
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=0)
-        groups, verdicts = [], []
-        for group in engine.generate(prompts, settings.completions_per_prompt, sampling):
-            groups.append(group)
-            verdicts.append(graders.submit([(c.text, group.prompt.gold) for c in group.completions]))
-        rolled_out = now(device)
-        for group, graded in zip(groups, verdicts, strict=True):
-            group.rewards = [float(verdict.correct) for verdict in graded.result()]
-        rewarded = now(device)
-        metrics = learner.update(training_batch(groups))
-        updated = now(device)
-        engine.load_weights(learner.version, policy_weights(learner))
-        synced = now(device)
-        if step < warmup:
+def compared(modes: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Ratios to our native mode, in seconds a step and in completion tokens a second."""
+    ours = modes.get("native", {}).get("median")
+    if ours is None:
+        return
+    whole = modes["native"].get("update_all_rows", {}).get("each_seconds")
+    for mode, record in modes.items():
+        other = record.get("median", {})
+        if mode == "native" or "step" not in other:
             continue
-        tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-        phases.append(
-            {
-                "step": synced - began,
-                "rollout": rolled_out - began,
-                "reward_wait": rewarded - rolled_out,
-                "update": updated - rewarded,
-                "sync": synced - updated,
-                "completion_tokens": tokens,
-                "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
-                "rollout_tokens_per_second": tokens / (rolled_out - began),
-                "reward": statistics.fmean(r for group in groups for r in group.rewards),
-                "ratio_max": metrics["learner/ratio_max"],
-                "ratio_mean": metrics["learner/ratio_mean"],
-            }
+        rate = (ours["completion_tokens"] / ours["step"]) / (other["completion_tokens"] / other["step"])
+        yield (
+            f"native against {mode}: {other['step'] / ours['step']:.2f}x in seconds a step "
+            f"({ours['step']:.3f} and {other['step']:.3f}), {rate:.2f}x in tokens a second of the whole step"
         )
-    return {"steps": phases, "median": {name: statistics.median(p[name] for p in phases) for name in phases[0]}}
-
-
-def training_batch(groups: list[Group]) -> TrainingBatch:
-    from plumbline.rl import records
-
-    return records.training_batch(sorted(groups, key=lambda group: group.prompt.index))
-
-
-def trl(
-    config: RunConfig, rows: list[dict[str, str]], graders: Graders, device: str, steps: int, batch: int
-) -> dict[str, Any]:
-    """Seconds of TRL's optimizer steps, its own `generate` (transformers) as engine; the first is not counted."""
-    import tempfile
-
-    import trl as package
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from plumbline.models.load import load_tokenizer, policy_folder
-
-    codec = Codec(config.policy.path)
-    settings = config.rollout
-    total = settings.prompts_per_step * settings.completions_per_prompt
-    data = Dataset.from_list(
-        [{"prompt": codec.tokenizer.decode(codec.encode(row["problem"])), "gold": row["answer"]} for row in rows]
-    )
-    lengths: list[int] = []
-
-    def reward(completions: list[str], completion_ids: list[list[int]], gold: list[str], **_: Any) -> list[float]:
-        lengths.append(sum(len(ids) for ids in completion_ids))
-        pairs = list(zip(completions, gold, strict=True))
-        parts = [pairs[first : first + 8] for first in range(0, len(pairs), 8)]
-        return [float(v.correct) for part in [graders.submit(p) for p in parts] for v in part.result()]
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.ends.append(now(device))
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(now(device))
-
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(policy_folder(config.policy.path), dtype=torch.float32),
-            reward_funcs=reward,
-            args=GRPOConfig(
-                folder,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=total // batch,
-                num_generations=settings.completions_per_prompt,
-                max_completion_length=settings.max_new_tokens,
-                temperature=settings.temperature,
-                learning_rate=config.learner.learning_rate,
-                loss_type="grpo",
-                beta=0.0,
-                bf16=device == "cuda",
-                use_cpu=device == "cpu",
-                gradient_checkpointing=False,
-                max_steps=steps + 1,
-                report_to=[],
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                shuffle_dataset=False,
-            ),
-            train_dataset=data,
-            processing_class=load_tokenizer(config.policy.path),
-            callbacks=[clock],
-        )
-        trainer.train()
-    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][1:]
-    return {
-        "version": package.__version__,
-        "engine": "transformers generate",
-        "seconds": seconds,
-        "completion_tokens": lengths[1:],
-        "median": statistics.median(seconds),
-    }
-
-
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def machine(device: str) -> dict[str, str]:
-    import transformers
-    import triton
-
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
-    return {"device": name, "python": platform.python_version(), **versions}
-
-
-def report(result: dict[str, Any]) -> None:
-    print(" ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    median = result["plumbline"]["median"]
-    for name, value in median.items():
-        print(f"  {name:28s} {value:12,.4f}")
-    if "trl" in result:
-        other = result["trl"]
-        print(f"  TRL {other['version']} ({other['engine']}): {other['median']:.2f} s a step", end="")
-        print(f" ({', '.join(f'{s:.2f}' for s in other['seconds'])}; tokens {other['completion_tokens']})")
-        print(f"  ratio: {other['median'] / median['step']:.1f}x")
+        if whole:
+            step = ours["step"] - ours["update"] + min(whole)
+            yield f"  with every group in native's update: {other['step'] / step:.2f}x ({step:.3f} s)"
+    for name in ("with_logprobs", "tokens_only"):
+        alone = modes.get("vllm-alone", {}).get(name, {}).get("median")
+        if alone:
+            here, there = ours["rollout_tokens_per_second"], alone["rollout_tokens_per_second"]
+            yield f"rollout, native and vLLM alone ({name}), tokens/s: {here:,.0f}, {there:,.0f}; {here / there:.2f}x"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,8 @@ from plumbline.models.config import PolicyConfig, from_public
 from plumbline.models.policy import Policy
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Goes up when _converted writes something else: folders of older versions are then made again.
+CONVERSION = 2
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 
 
@@ -153,7 +155,8 @@ def _smollm2_file() -> Path:
 def _converted(gguf: Path) -> Path:
     """The bf16 folder of a GGUF file: dequantised once, then kept. An interrupted conversion is never used."""
     stamp = gguf.stat()
-    name = hashlib.sha256(f"{gguf.resolve()}/{stamp.st_size}/{stamp.st_mtime_ns}".encode()).hexdigest()[:12]
+    stamped = f"{gguf.resolve()}/{stamp.st_size}/{stamp.st_mtime_ns}/{CONVERSION}"
+    name = hashlib.sha256(stamped.encode()).hexdigest()[:12]
     final = cache_folder() / f"{gguf.stem}-{name}"
     if (final / "config.json").exists():
         return final
@@ -178,6 +181,8 @@ def _converted(gguf: Path) -> Path:
             tensors.pop("lm_head.weight", None)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         model.config.__dict__.pop("quantization_config", None)
+        # GGUF files do not say it, and others (TRL, given a path) look a folder's model up by it.
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         try:

@@ -169,6 +169,7 @@ class Learner:
             rows = [row for row, has in zip(rows, signal, strict=True) if has] or rows[:1]
         seen = sum(len(batch.completion_ids[row]) for row in rows)
         sums: dict[str, float] = defaultdict(float)
+        waiting: list[tuple[list[str], Tensor, float, bool]] = []
         self.optimizer.zero_grad(set_to_none=True)
         if self.critic is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
@@ -183,9 +184,12 @@ class Learner:
                 (critic_loss * scale).backward()
                 stats["critic_loss_sum"] = critic_loss.detach()
             stats["loss_sum"] = loss.detach()
-            share = packed.mask.sum().item() / seen if counts else 0.0
-            values = torch.stack(list(stats.values())).tolist()
-            for name, value in zip(stats, values, strict=True):
+            share = sum(len(batch.completion_ids[row]) for row in micro) / seen if counts else 0.0
+            waiting.append((list(stats), torch.stack([value.detach() for value in stats.values()]), share, counts))
+        # Read once all microbatches are under way: reading makes the host wait for the device, and the device then for the
+        # host to pack the next one.
+        for names, values, share, counts in waiting:
+            for name, value in zip(names, values.tolist(), strict=True):
                 key = f"learner/{name.removesuffix('_sum')}"
                 if name.endswith("_max"):
                     sums[key] = max(sums[key], value * bool(counts))

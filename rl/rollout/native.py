@@ -150,6 +150,7 @@ class NativeEngine:
         waiting = deque(prompts)
         running: dict[int, _Sequence] = {}
         done: dict[int, list[Completion | None]] = {prompt.index: [None] * completions for prompt in prompts}
+        ended: list[_Sequence] = []
         version = self.version
         while waiting or running:
             if version != self.version:
@@ -167,14 +168,17 @@ class NativeEngine:
                 keys = torch.tensor([running[slot].key for slot in slot_ids], device=self.device)
                 decoder.begin(torch.tensor(slot_ids, device=self.device), keys, logits)
             decoder.advance(list(running), STEPS_PER_LOOK)
+            # While the device takes these steps, the host has what ended in those before: its texts are made, and whoever
+            # asked does what he does with a group.
+            yield from self._finish_all(ended, done)
+            ended = []
             for slot, token_ids, logprobs in decoder.ended(list(running)):
                 sequence = running.pop(slot)
                 sequence.token_ids, sequence.logprobs = token_ids, logprobs
                 free.append(slot)
-                group = self._finish(sequence, done)
-                if group is not None:
-                    yield group
+                ended.append(sequence)
             yield None
+        yield from self._finish_all(ended, done)
 
     def _decoder(self, slots: int, longest: int, sampling: Sampling) -> Decoder:
         """The decoder of the last call, if this one's batch fits it."""
@@ -265,6 +269,13 @@ class NativeEngine:
             cache.reset(where)
             ends_tensor = torch.tensor(ends, dtype=torch.int32, device=self.device)
             self.policy.prefill(cache, where, torch.tensor(ids, device=self.device), ends_tensor)
+
+    def _finish_all(self, sequences: list[_Sequence], done: dict[int, list[Completion | None]]) -> Iterator[Group]:
+        """Groups whose last completion is among these."""
+        for sequence in sequences:
+            group = self._finish(sequence, done)
+            if group is not None:
+                yield group
 
     def _finish(self, sequence: _Sequence, done: dict[int, list[Completion | None]]) -> Group | None:
         """Enter a completion; its group, if it was the last."""

@@ -329,6 +329,8 @@ def test_smollm2_equals_transformers_on_real_text(tmp_path, monkeypatch):
     assert tokenizer.decode(ids[:50]) in text
     ends = torch.tensor([0, len(ids)], dtype=torch.int32)
     public = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # What others look the model up by.
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     logits = policy(ids, ends)
     torch.testing.assert_close(logits, public(ids[None]).logits[0], atol=1e-3, rtol=1e-4)
     loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:])

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 from plumbline.kernels.nsa import NSAConfig
 from plumbline.models.attention import SparseAttention
 from plumbline.models.vllm.paged import Branches, Pages, Step, paged_attention
+from plumbline.models.vllm.specs import blocks_spec
 
 STORES = ("cmp", "slc", "win", "blocks")
 
@@ -83,6 +84,13 @@ class SparseBackend(AttentionBackend):
     def supports_sliding_window(cls) -> bool:
         return True
 
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """vLLM before 0.30 asks for the shape of the pages; later ones always are [page, head, entry, content]."""
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
+
 
 class Store(nn.Module, AttentionLayerBase):
     """One of a layer's four stores, as vLLM's cache manager sees it: a layer of its own with a cache spec of its own.
@@ -126,7 +134,7 @@ class Store(nn.Module, AttentionLayerBase):
         if self.kind == "slc":
             return FullAttentionSpec(**shape)
         if self.kind == "blocks":
-            return FullAttentionSpec(**shape, tokens_per_state=self.config.stride)
+            return blocks_spec(self.config.stride, **shape)
         return SlidingWindowSpec(
             **shape, sliding_window=self.config.window if self.kind == "win" else self.config.block
         )

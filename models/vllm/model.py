@@ -58,7 +58,7 @@ class ServedPolicy(nn.Module):
             assert isinstance(layer, Layer)
             name, attention = f"{prefix}model.layers.{number}.self_attn", layer.self_attn
             if isinstance(attention, SparseAttention):
-                self.paged.append(PagedSparseAttention(attention, vllm_config, name))
+                self.paged.append(PagedSparseAttention(attention, vllm_config, name, first=number == 0))
             else:
                 self.paged.append(PagedFullAttention(attention, vllm_config, name))
 

@@ -7,6 +7,7 @@ import torch
 
 from plumbline.kernels.nsa import NSAConfig, PhiParams, native_sparse_attention
 from plumbline.models.vllm import paged
+from plumbline.models.vllm.decode import divide
 
 HEADS, KV_HEADS, DIM = 6, 2, 8
 
@@ -36,15 +37,19 @@ def make_pages(sequences: int, length: int, size: int, per_entry: int = 1) -> pa
     ids=["linear", "mlp", "mean"],
 )
 @pytest.mark.parametrize(
-    "chunks",
+    ("chunks", "kernels"),
     [
-        [[90], [3], [61]],
-        [[1] * 90, [1] * 3, [1] * 61],
-        [[40, 1, 1, 30, 18], [2, 1], [0, 0, 60, 1]],
+        ([[90], [3], [61]], False),
+        ([[1] * 90, [1] * 3, [1] * 61], False),
+        ([[40, 1, 1, 30, 18], [2, 1], [0, 0, 60, 1]], False),
+        # Triton's interpreter is slow: few steps, with sequences that decode alone and beside others.
+        ([[86, 1, 1, 1, 1], [3], [30, 28, 1, 0, 2]], True),
     ],
-    ids=["whole", "one by one", "mixed"],
+    ids=["whole", "one by one", "mixed", "kernels"],
 )
-def test_pages_equal_whole_sequences(config, chunks, monkeypatch):
+def test_pages_equal_whole_sequences(config, chunks, kernels, monkeypatch):
+    if kernels and torch.cuda.is_available():
+        pytest.skip("kernels on a CPU need Triton's interpreter, which tests/conftest.py leaves off where there is a GPU")
     monkeypatch.setattr(paged, "SCORES_AT_ONCE", 6 * 90 * 20)  # chunks of queries, too
     torch.manual_seed(0)
     lengths = [sum(parts) for parts in chunks]
@@ -55,17 +60,19 @@ def test_pages_equal_whole_sequences(config, chunks, monkeypatch):
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     whole = native_sparse_attention(q, *pairs, gates, ends, phi, config)
 
-    pages = paged.Branches(
-        make_pages(3, 90, 8), make_pages(3, 90, 24), make_pages(3, 90, 8), make_pages(3, 90, 6, config.stride)
-    )
+    sizes = {"cmp": (8, 1), "slc": (8 if kernels else 24, 1), "win": (8, 1), "blocks": (6, config.stride)}
+    pages = {kind: make_pages(3, 90, *size) for kind, size in sizes.items()}
+    stores, tables = ({kind: getattr(p, name) for kind, p in pages.items()} for name in ("store", "table"))
     done = [0, 0, 0]
     for number in range(max(map(len, chunks))):
         news = [parts[number] if number < len(parts) else 0 for parts in chunks]
         rows = torch.cat([ends[i] + done[i] + torch.arange(new) for i, new in enumerate(news)]).long()
         done = [have + new for have, new in zip(done, news, strict=True)]
-        step = paged.Step([0, *torch.tensor(news).cumsum(0).tolist()], done, config, q.device)
+        starts = [0, *torch.tensor(news).cumsum(0).tolist()]
         kv = [(k[rows], v[rows]) for k, v in pairs]
-        out = paged.paged_attention(q[rows], *kv, gates[rows], pages, step, phi)
+        out = torch.full_like(whole[rows], torch.nan)
+        for part in divide(starts, torch.tensor(done), max(done), tables, config, 8, kernels):
+            out[part.rows] = part.attend(q[rows], *kv, gates[rows], stores, phi)
         torch.testing.assert_close(out, whole[rows], atol=1e-5, rtol=1e-4)
     assert done == lengths
 

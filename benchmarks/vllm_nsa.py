@@ -2,13 +2,14 @@
 
     PYTHONPATH=. python benchmarks/vllm_nsa.py --nsa OUT_NSA [--dense OUT_DENSE] [--contexts 8192 32768] [--batch 8]
 
-Both are policy folders (`plumbline convert smollm2 OUT_NSA`, `... --attention full`). Each engine and attention runs in a
-process of its own, one after the other; a result is printed and written to --out as soon as it is there, so that a run
-cut short keeps what it has.
+Both are policy folders (`plumbline convert smollm2 OUT_NSA`, `... --attention full`). Each engine runs each policy in a
+process of its own, one after the other; a result is written to --out as soon as it is there, so that a run cut short
+keeps what it has.
 
 Agreement: greedy completions of prompts of --prompt-tokens tokens (the texts of docs/, or random tokens for a folder
 without a tokenizer) compared token by token; at the first difference, how far vLLM's token lies behind the native one
-under the packed forward of the same weights: a near-tie (under NEAR_TIE nats) is rounding. --dtype float32 leaves rounding little.
+under the packed forward of the same weights: a near-tie (under NEAR_TIE nats) is rounding, which --dtype float32 leaves
+little of.
 
 Speed: tokens a second of the whole engine while --batch sequences of random tokens decode, from the difference between
 a long and a short completion; reading the prompts is in both. Contexts beyond the policy's positions are run all the
@@ -29,6 +30,8 @@ from typing import Any
 
 import torch
 
+# The last: with CUDA graphs for the sparse policy's decoding, too (the dense one has them in any case).
+ENGINES = ("native", "vllm", "vllm-graphs")
 NEAR_TIE = 0.05
 SHORT = 8
 KEPT = 8  # most likely tokens kept of each position
@@ -38,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nsa", type=Path)
     parser.add_argument("--dense", type=Path)
-    parser.add_argument("--engines", nargs="+", default=["native", "vllm"], choices=["native", "vllm"])
+    parser.add_argument("--engines", nargs="+", default=["native", "vllm"], choices=ENGINES)
     parser.add_argument("--contexts", nargs="*", type=int, default=[8192, 32768], help="none: agreement alone")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=96, help="timed tokens of a sequence")
@@ -115,7 +118,7 @@ class Native:
 
 
 class Served:
-    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, args: argparse.Namespace, graphs: bool) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
@@ -139,7 +142,8 @@ class Served:
             max_num_seqs=max(args.batch, args.prompts),
             max_num_batched_tokens=longest,  # a prompt is read whole
             enable_prefix_caching=True,
-            enforce_eager=args.eager or sparse or not torch.cuda.is_available(),
+            enforce_eager=args.eager or (sparse and not graphs) or not torch.cuda.is_available(),
+            additional_config={"nsa_graphs": graphs},
             disable_log_stats=True,
             seed=0,
             **device,
@@ -173,7 +177,7 @@ def part(args: argparse.Namespace, kind: str, attention: str) -> None:
     started = time.perf_counter()
     folder = getattr(args, attention)
     vocabulary = policy_config(folder).vocab_size
-    engine = Native(folder, args) if kind == "native" else Served(folder, args)
+    engine = Native(folder, args) if kind == "native" else Served(folder, args, kind == "vllm-graphs")
     common = {"engine": kind, "attention": attention, "dtype": args.dtype, "torch": torch.__version__}
     common["card"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if isinstance(engine, Served):
@@ -198,7 +202,8 @@ def part(args: argparse.Namespace, kind: str, attention: str) -> None:
         for new in (SHORT, SHORT + args.tokens):
             engine.complete(prompts, new)  # compiles, captures, and fills the prefix cache
             seconds[new] = min(timed(engine, prompts, new) for _ in range(2))
-        step = (seconds[SHORT + args.tokens] - seconds[SHORT]) / args.tokens
+        # Not below zero, should noise exceed the difference.
+        step = max(1e-9, seconds[SHORT + args.tokens] - seconds[SHORT]) / args.tokens
         cached = min(engine.cached) if isinstance(engine, Served) else None
         say(
             what="speed",
@@ -221,9 +226,11 @@ def compare(native: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
         first.append(same if same < len(ours) else None)
         if same < len(ours):
             at = {int(token): value for token, value in likely[same].items()}
-            behind.append(at[ours[same]] - at[theirs[same]] if {ours[same], theirs[same]} <= at.keys() else float("inf"))
+            known = {ours[same], theirs[same]} <= at.keys()
+            behind.append(at[ours[same]] - at[theirs[same]] if known else float("inf"))
     return {
         "what": "agreement",
+        "engine": served["engine"],
         "attention": native["attention"],
         "dtype": native["dtype"],
         "prompts": len(first),
@@ -239,17 +246,17 @@ def shown(record: dict[str, Any]) -> str | None:
     if record["what"] == "speed":
         cached = "" if record["cached"] is None else f", {record['cached']:,} cached"
         return (
-            f"{record['engine']:7} {record['attention']:6} context {record['context']:>6} batch {record['batch']:>3}: "
+            f"{record['engine']:11} {record['attention']:6} context {record['context']:>6} batch {record['batch']:>3}: "
             f"{record['tokens_per_second']:9.1f} tokens/s, {record['milliseconds']:7.3f} ms a step "
             f"(prompts and {SHORT} tokens {record['short_seconds']:.2f} s{cached})"
         )
     if record["what"] == "agreement":
-        differing = record["prompts"] - record["whole"]
+        name = f"{record['engine']:11} {record['attention']:6} {record['dtype']}"
+        behind = ", ".join(f"{gap:.4f}" for gap in record["nats_behind"])
         return (
-            f"{record['attention']:6} {record['dtype']}: {record['whole']} of {record['prompts']} completions equal, "
-            f"{record['equal_before_first_difference']:.1%} of tokens before a first difference; of {differing} first "
-            f"differences {record['near_ties']} near-ties; nats behind: "
-            + ", ".join(f"{gap:.4f}" for gap in record["nats_behind"])
+            f"{name}: {record['whole']} of {record['prompts']} completions equal, "
+            f"{record['equal_before_first_difference']:.1%} of tokens before a first difference; "
+            f"{record['near_ties']} of {len(record['nats_behind'])} first differences near-ties (nats behind: {behind})"
         )
     return None
 
@@ -265,26 +272,41 @@ def main() -> None:
         if getattr(args, attention) is None:
             continue
         for kind in args.engines:
-            done = len(args.out.read_text().splitlines()) if args.out.exists() else 0
+            if attention == "dense" and kind == "vllm-graphs" and "vllm" in args.engines:
+                continue  # the same
             command = [sys.executable, __file__, *sys.argv[1:], "--part", kind, attention]
-            try:
-                code = subprocess.run(command, timeout=args.limit).returncode
-            except subprocess.TimeoutExpired:
-                code = f"none in {args.limit} s"  # type: ignore[assignment]
-            lines = args.out.read_text().splitlines() if args.out.exists() else []
-            records = [json.loads(line) for line in lines]
-            for record in records[done:]:
-                print(shown(record) or f"{kind:7} {attention:6} {record['what']} after {record['seconds']:.1f} s", flush=True)
+            code = run(command, args)
+            if code and kind == "vllm" and attention == "dense" and not args.eager:
+                print(f"{kind:11} {attention:6} exit code {code}; once more, without CUDA graphs", flush=True)
+                code = run([*command, "--eager"], args)
             if code:
                 failed = True
-                print(f"{kind:7} {attention:6} FAILED, exit code {code}", flush=True)
-        tokens = {r["engine"]: r for r in records if r["what"] == "tokens" and r["attention"] == attention}
-        if len(tokens) == 2:
-            agreement = compare(tokens["native"], tokens["vllm"])
-            with args.out.open("a") as file:
-                file.write(json.dumps(agreement) + "\n")
-            print(shown(agreement), flush=True)
+                print(f"{kind:11} {attention:6} FAILED, exit code {code}", flush=True)
+        tokens = {r["engine"]: r for r in read(args) if r["what"] == "tokens" and r["attention"] == attention}
+        for kind in tokens.keys() - {"native"}:
+            if "native" in tokens:
+                agreement = compare(tokens["native"], tokens[kind])
+                with args.out.open("a") as file:
+                    file.write(json.dumps(agreement) + "\n")
+                print(shown(agreement), flush=True)
     sys.exit(failed)
+
+
+def read(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+
+
+def run(command: list[str], args: argparse.Namespace) -> int | str:
+    """The exit code of a part; prints what it found."""
+    done = len(read(args))
+    try:
+        code: int | str = subprocess.run(command, timeout=args.limit).returncode
+    except subprocess.TimeoutExpired:
+        code = f"none in {args.limit} s"
+    for record in read(args)[done:]:
+        plain = f"{record['engine']:11} {record['attention']:6} {record['what']} after {record['seconds']:.1f} s"
+        print(shown(record) or plain, flush=True)
+    return code
 
 
 if __name__ == "__main__":

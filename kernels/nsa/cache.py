@@ -138,8 +138,8 @@ class DecodePlan:
         page: the cache's.
         longest: a bound on lengths + new, where the caller knows one. The device then is not asked, so that the step
             can be captured in a CUDA graph.
-        tables: page tables [B, n] of the stores `cmp`, `slc`, `win` and `blocks`, where each has one of its own (`slots`
-            is then not followed). The kernels alone read them, for one new token a sequence.
+        tables: page tables [B, n] of the stores `cmp`, `slc`, `win` and `blocks`, where each has its own (`slots` is
+            then not followed). The kernels alone read them, for one new token a sequence.
 
     Attributes:
         slots: [R] or [R, n]; position: [R] int64, of each new token.

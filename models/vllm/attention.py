@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from plumbline.kernels.nsa.backend import Backend, use_triton
@@ -41,7 +46,18 @@ class StepMetadata:
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
-    """From vLLM's metadata to ours."""
+    """From vLLM's metadata to ours.
+
+    Where all sequences have one new token and the decode kernels run, nothing is read on the host, so a CUDA graph can
+    hold the step. No card has run that yet: `--additional-config '{"nsa_graphs": true}'` asks for it.
+    """
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        asked = vllm_config.additional_config
+        if isinstance(asked, dict) and asked.get("nsa_graphs"):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -58,6 +74,11 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             common.max_seq_len,
             common.block_table_tensor[: common.num_reqs],
         )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepMetadata:
+        told = self.build(0, common_attn_metadata)
+        told.longest = self.vllm_config.model_config.max_model_len  # of any step that is to run in the graph
+        return told
 
 
 class SparseBackend(AttentionBackend):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -29,16 +29,23 @@ class Part:
     plan: DecodePlan | Step
 
     def attend(
-        self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, stores: dict[str, Tensor], phi: PhiParams
+        self,
+        q: Tensor,
+        kv_cmp: Pair,
+        kv_slc: Pair,
+        kv_win: Pair,
+        gates: Tensor,
+        stores: dict[str, Tensor],
+        phi: PhiParams,
     ) -> Tensor:
         """As paged_attention, on these rows of the step's tensors: [R, Hq, Dv]."""
         dim = q.shape[-1]
         pages = Branches(**{kind: Pages(store, self.tables[kind], dim) for kind, store in stores.items()})
         q, gates = q[self.rows], gates[self.rows]
-        kv = [(k[self.rows], v[self.rows]) for k, v in (kv_cmp, kv_slc, kv_win)]
+        cmp, slc, win = ((k[self.rows], v[self.rows]) for k, v in (kv_cmp, kv_slc, kv_win))
         if isinstance(self.plan, Step):
-            return paged_attention(q, *kv, gates, pages, self.plan, phi)
-        return paged_decode(q, *kv, gates, pages, self.plan, phi)
+            return paged_attention(q, cmp, slc, win, gates, pages, self.plan, phi)
+        return paged_decode(q, cmp, slc, win, gates, pages, self.plan, phi)
 
 
 def divide(
@@ -61,7 +68,7 @@ def divide(
         page: tokens of a page of raw keys and values.
         kernels: whether the decode kernels run. Where all sequences have one new token, the host then waits for nothing.
     """
-    counts = [last - first for first, last in zip(starts[:-1], starts[1:], strict=True)]
+    counts = [last - first for first, last in pairwise(starts)]
     ones = [row for row, new in enumerate(counts) if new == 1 and kernels]
     others = [row for row, new in enumerate(counts) if new > 1 or not kernels]
     parts = []
@@ -86,7 +93,14 @@ def divide(
 
 
 def paged_decode(
-    q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, pages: Branches, plan: DecodePlan, phi: PhiParams
+    q: Tensor,
+    kv_cmp: Pair,
+    kv_slc: Pair,
+    kv_win: Pair,
+    gates: Tensor,
+    pages: Branches,
+    plan: DecodePlan,
+    phi: PhiParams,
 ) -> Tensor:
     """As paged_attention, for one new token of each sequence. ValueError: the kernels do not run (see use_triton)."""
     config = plan.config

@@ -187,8 +187,10 @@ def paged_attention(
     out = torch.empty(q.shape[0], q.shape[1], kv_slc[1].shape[2], dtype=q.dtype, device=q.device)
     if step.whole:
         rows, layout = step.whole_rows, step.whole_layout
-        kv = [(k[rows], v[rows]) for k, v in (kv_cmp, kv_slc, kv_win)]
-        new = native_sparse_attention(q[rows], *kv, gates[rows], layout.cu_seqlens, params, config, layout=layout)
+        cmp, slc, win = ((k[rows], v[rows]) for k, v in (kv_cmp, kv_slc, kv_win))
+        new = native_sparse_attention(
+            q[rows], cmp, slc, win, gates[rows], layout.cu_seqlens, params, config, layout=layout
+        )
         assert isinstance(new, Tensor)
         out[rows] = new
     for members, rows in step.groups():

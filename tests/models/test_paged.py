@@ -49,7 +49,7 @@ def make_pages(sequences: int, length: int, size: int, per_entry: int = 1) -> pa
 )
 def test_pages_equal_whole_sequences(config, chunks, kernels, monkeypatch):
     if kernels and torch.cuda.is_available():
-        pytest.skip("kernels on a CPU need Triton's interpreter, which tests/conftest.py leaves off where there is a GPU")
+        pytest.skip("tests/conftest.py leaves Triton's interpreter off where there is a GPU")
     monkeypatch.setattr(paged, "SCORES_AT_ONCE", 6 * 90 * 20)  # chunks of queries, too
     torch.manual_seed(0)
     lengths = [sum(parts) for parts in chunks]

@@ -368,7 +368,8 @@ def append_tokens(
     append[(rows, kv_heads, 1 + sum(tiles))](
         *inputs, *(stride for x in inputs for stride in x.stride()[:2]), *stores, store_k.shape[2],
         *store_k.stride()[:2], *store_v.stride()[:2], k_weight, k_position, v_weight, v_position, k_blocks, v_blocks,
-        hidden, *raw_tables, *(x.stride(0) for x in raw_tables), *shared, **sizes, NEW=plan.new, KIND=kind, HAS_KEY_POSITION=position is not None, DK=dk, DV=dv,
+        hidden, *raw_tables, *(x.stride(0) for x in raw_tables), *shared, **sizes, NEW=plan.new,
+        KIND=kind, HAS_KEY_POSITION=position is not None, DK=dk, DV=dv,
         BK=pad_dim(dk), BV=pad_dim(dv), K_TILES=tiles[0], TILE=tile, CHUNK=8, num_warps=16,
     )  # fmt: skip
     if kind == 2:

@@ -106,7 +106,7 @@ class SparseBackend(AttentionBackend):
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
     ) -> tuple[int, ...]:
-        """vLLM before 0.30 asks for the shape of the pages; later ones always are [page, head, entry, content]."""
+        """vLLM before 0.29 asks for the shape of the pages; later ones always are [page, head, entry, content]."""
         return num_blocks, num_kv_heads, block_size, 2 * head_size
 
 

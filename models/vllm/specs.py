@@ -1,6 +1,6 @@
 """The cache spec of compressed keys and values, in either of the forms that vLLM has had for it.
 
-vLLM 0.30 and later have a field for it (`tokens_per_state`). Before, a spec says with `storage_block_size` how many entries
+vLLM 0.29 and later have a field for it (`tokens_per_state`). Before, a spec says with `storage_block_size` how many entries
 a page of `block_size` tokens holds; vLLM's own specs that do so are those of multi-head latent attention, which keep one
 vector and no values, so ours extends the one of full attention. vLLM finds a subclass's cache manager, and the group that
 it may join, through its base classes.
@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksSpec(FullAttentionSpec):
-    """Full attention's pages with one entry each `stride` tokens, for vLLM 0.25 to 0.29."""
+    """Full attention's pages with one entry each `stride` tokens, for vLLM 0.25 to 0.28."""
 
     stride: int = 1
 

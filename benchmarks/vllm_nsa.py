@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--eager", action="store_true", help="vLLM without CUDA graphs for the dense policy too")
     parser.add_argument("--captured", action="store_true", help="the native engine captures sparse steps too")
-    parser.add_argument("--limit", type=float, default=100, help="seconds of a process")
+    parser.add_argument("--limit", type=float, default=150, help="seconds of a process")
     parser.add_argument("--out", type=Path, default=Path("vllm_nsa.jsonl"))
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -202,14 +202,13 @@ def part(args: argparse.Namespace, kind: str, attention: str) -> None:
         for new in (SHORT, SHORT + args.tokens):
             engine.complete(prompts, new)  # compiles, captures, and fills the prefix cache
             seconds[new] = timed(engine, prompts, new)
-        # Not below zero, should noise exceed the difference.
-        step = max(1e-9, seconds[SHORT + args.tokens] - seconds[SHORT]) / args.tokens
+        step = (seconds[SHORT + args.tokens] - seconds[SHORT]) / args.tokens
         cached = min(engine.cached) if isinstance(engine, Served) else None
         say(
             what="speed",
             context=context,
             batch=args.batch,
-            tokens_per_second=args.batch / step,
+            tokens_per_second=args.batch / step if step > 0 else None,
             milliseconds=step * 1e3,
             short_seconds=seconds[SHORT],
             cached=cached,
@@ -245,9 +244,10 @@ def compare(native: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
 def shown(record: dict[str, Any]) -> str | None:
     if record["what"] == "speed":
         cached = "" if record["cached"] is None else f", {record['cached']:,} cached"
+        rate = record["tokens_per_second"]
         return (
             f"{record['engine']:11} {record['attention']:6} context {record['context']:>6} batch {record['batch']:>3}: "
-            f"{record['tokens_per_second']:9.1f} tokens/s, {record['milliseconds']:7.3f} ms a step "
+            f"{'lost in noise' if rate is None else f'{rate:9.1f} tokens/s'}, {record['milliseconds']:7.3f} ms a step "
             f"(prompts and {SHORT} tokens {record['short_seconds']:.2f} s{cached})"
         )
     if record["what"] == "agreement":
@@ -261,52 +261,79 @@ def shown(record: dict[str, Any]) -> str | None:
     return None
 
 
-def main() -> None:
-    args = arguments()
-    if args.part:
-        part(args, *args.part)
-        return
-    args.out.unlink(missing_ok=True)
-    failed = False
-    for attention in ("nsa", "dense"):
-        if getattr(args, attention) is None:
-            continue
-        for kind in args.engines:
-            if attention == "dense" and kind == "vllm-graphs" and "vllm" in args.engines:
-                continue  # the same
-            command = [sys.executable, __file__, *sys.argv[1:], "--part", kind, attention]
-            code = run(command, args)
-            if code and kind == "vllm" and attention == "dense" and not args.eager:
-                print(f"{kind:11} {attention:6} exit code {code}; once more, without CUDA graphs", flush=True)
-                code = run([*command, "--eager"], args)
-            if code:
-                failed = True
-                print(f"{kind:11} {attention:6} FAILED, exit code {code}", flush=True)
-        tokens = {r["engine"]: r for r in read(args) if r["what"] == "tokens" and r["attention"] == attention}
-        for kind in tokens.keys() - {"native"}:
-            if "native" in tokens:
-                agreement = compare(tokens["native"], tokens[kind])
-                with args.out.open("a") as file:
-                    file.write(json.dumps(agreement) + "\n")
-                print(shown(agreement), flush=True)
-    sys.exit(failed)
+class Part:
+    """A process that imports what it needs at once, and begins when told to: imports cost as much time as measuring."""
+
+    def __init__(self, kind: str, attention: str, *more: str) -> None:
+        self.kind, self.attention, self.name = kind, attention, f"{kind:11} {attention:6}"
+        command = [sys.executable, __file__, *sys.argv[1:], *more, "--part", kind, attention]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
+
+    def run(self, args: argparse.Namespace) -> int | str:
+        """The exit code; prints what it found."""
+        done = len(read(args))
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            code: int | str = self.process.wait(args.limit)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            code = f"none in {args.limit} s"
+        for record in read(args)[done:]:
+            print(shown(record) or f"{self.name} {record['what']} after {record['seconds']:.1f} s", flush=True)
+        return code
 
 
 def read(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
 
 
-def run(command: list[str], args: argparse.Namespace) -> int | str:
-    """The exit code of a part; prints what it found."""
-    done = len(read(args))
-    try:
-        code: int | str = subprocess.run(command, timeout=args.limit).returncode
-    except subprocess.TimeoutExpired:
-        code = f"none in {args.limit} s"
-    for record in read(args)[done:]:
-        plain = f"{record['engine']:11} {record['attention']:6} {record['what']} after {record['seconds']:.1f} s"
-        print(shown(record) or plain, flush=True)
-    return code
+def main() -> None:
+    args = arguments()
+    if args.part:
+        kind = args.part[0]
+        import_all(kind)
+        sys.stdin.read()  # until the parent closes it
+        part(args, *args.part)
+        return
+    args.out.unlink(missing_ok=True)
+    wanted = [
+        (kind, attention)
+        for attention in ("nsa", "dense")
+        for kind in args.engines
+        if getattr(args, attention) is not None
+        and not (attention == "dense" and kind == "vllm-graphs" and "vllm" in args.engines)  # the same
+    ]
+    failed = False
+    coming = Part(*wanted[0])
+    for following in [*wanted[1:], None]:
+        now = coming
+        if following is not None:
+            coming = Part(*following)
+        code = now.run(args)
+        if code and (now.kind, now.attention) == ("vllm", "dense") and not args.eager:
+            print(f"{now.name} exit code {code}; once more, without CUDA graphs", flush=True)
+            code = Part(now.kind, now.attention, "--eager").run(args)
+        if code:
+            failed = True
+            print(f"{now.name} FAILED, exit code {code}", flush=True)
+        tokens = {r["engine"]: r for r in read(args) if r["what"] == "tokens" and r["attention"] == now.attention}
+        if now.kind != "native" and {"native", now.kind} <= tokens.keys():
+            agreement = compare(tokens["native"], tokens[now.kind])
+            with args.out.open("a") as file:
+                file.write(json.dumps(agreement) + "\n")
+            print(shown(agreement), flush=True)
+    sys.exit(failed)
+
+
+def import_all(kind: str) -> None:
+    import plumbline.rl.rollout.native  # noqa: F401
+
+    if kind != "native":
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        import vllm  # noqa: F401
+        from vllm.v1.engine.llm_engine import LLMEngine  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plumbline.kernels.nsa import reference
 from plumbline.kernels.nsa.backend import Backend, use_triton
-from plumbline.kernels.nsa.cache import DecodePlan, NSACache
+from plumbline.kernels.nsa.cache import DecodePlan, NSACache, NSAStores
 from plumbline.kernels.nsa.config import (
     NSAConfig,
     PhiKind,
@@ -33,6 +33,7 @@ __all__ = [
     "Layout",
     "NSACache",
     "NSAConfig",
+    "NSAStores",
     "PhiParams",
     "compress",
     "compressed_attention",

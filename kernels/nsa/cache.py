@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -15,7 +16,26 @@ from plumbline.kernels.nsa.reference import compress_padded
 BRANCHES = ("cmp", "slc", "win")
 
 
-class NSACache:
+@dataclass
+class NSAStores:
+    """Where a layer's keys and values lie, whoever owns the memory.
+
+    Attributes:
+        config: see NSAConfig.
+        page: tokens of a page of raw keys and values; None: slots.
+        raw: `cmp`, `slc`, `win` -> (k [slots or pages, Hkv, L, Dqk], v [slots or pages, Hkv, L, Dv]).
+        blocks: (k [slots or pages, Hkv, N, Dqk], v [slots or pages, Hkv, N, Dv]).
+        shift: compressed block i is entry i + shift of a sequence's.
+    """
+
+    config: NSAConfig
+    page: int | None
+    raw: dict[str, tuple[Tensor, Tensor]]
+    blocks: tuple[Tensor, Tensor]
+    shift: int = 0
+
+
+class NSACache(NSAStores):
     """Keys and values of one layer: raw for the three branches, compressed for the first.
 
     In slots, `slots` sequences own max_length tokens each. In pages (`page` tokens each, `slots` of them), a sequence
@@ -56,10 +76,10 @@ class NSACache:
         def make(rows: int, dim: int) -> Tensor:
             return torch.zeros(slots, kv_heads, rows, dim, dtype=dtype, device=device)
 
-        self.config, self.max_length, self.page = config, max_length, page
-        self.raw = {branch: (make(length, dim_k), make(length, dim_v)) for branch in BRANCHES}
+        self.max_length = max_length
         count = blocks if page is None else page // config.stride
-        self.blocks = (make(count, dim_k), make(count, dim_v))
+        raw = {branch: (make(length, dim_k), make(length, dim_v)) for branch in BRANCHES}
+        super().__init__(config, page, raw, (make(count, dim_k), make(count, dim_v)))
 
     def tensors(self) -> list[Tensor]:
         """All storage, slots first."""
@@ -118,6 +138,8 @@ class DecodePlan:
         page: the cache's.
         longest: a bound on lengths + new, where the caller knows one. The device then is not asked, so that the step
             can be captured in a CUDA graph.
+        tables: page tables [B, n] of the stores `cmp`, `slc`, `win` and `blocks`, where each has its own (`slots` is
+            then not followed). The kernels alone read them, for one new token a sequence.
 
     Attributes:
         slots: [R] or [R, n]; position: [R] int64, of each new token.
@@ -136,6 +158,7 @@ class DecodePlan:
         new: int = 1,
         page: int | None = None,
         longest: int | None = None,
+        tables: dict[str, Tensor] | None = None,
     ) -> None:
         if new < 1:
             raise ValueError(f"new must be at least 1, got {new}")
@@ -152,6 +175,11 @@ class DecodePlan:
         else:
             self.slots = slots.repeat_interleave(new, 0)
             self.position = (lengths[:, None] + torch.arange(new, device=lengths.device)).flatten()
+        if tables is not None and new > 1:
+            raise ValueError(f"page tables of each store's own are for one new token, got new = {new}")
+        own = self.slots if self.slots.ndim == 2 else self.slots[:, None]
+        self.own_tables = tables is not None
+        self.tables = tables or dict.fromkeys((*BRANCHES, "blocks"), own)
         self.candidates = -(-self.longest // config.select_block)
         self.blocks = max(0, (self.longest - config.block) // config.stride + 1)
         self._memo: dict[tuple[object, ...], tuple[Tensor, ...]] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plumbline.kernels.nsa.backend import Backend, use_triton
-from plumbline.kernels.nsa.cache import BRANCHES, DecodePlan, NSACache
+from plumbline.kernels.nsa.cache import BRANCHES, DecodePlan, NSAStores
 from plumbline.kernels.nsa.config import PhiParams, key_position
 from plumbline.kernels.nsa.reference import choose, compressed_logits, compressed_probabilities, phi, weigh
 
@@ -19,7 +19,7 @@ def decode_step(
     kv_slc: tuple[Tensor, Tensor],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
-    cache: NSACache,
+    cache: NSAStores,
     plan: DecodePlan,
     params: PhiParams,
     *,
@@ -49,6 +49,8 @@ def decode_step(
 
         out, indices = decode(q, kv_cmp, kv_slc, kv_win, gates, cache, plan, params, scale)
         return (out, indices) if return_blocks else out
+    if plan.own_tables or cache.shift:
+        raise ValueError("stores with page tables of their own need backend triton")
     for branch, pair in zip(BRANCHES, (kv_cmp, kv_slc, kv_win), strict=True):
         for store, x in zip(cache.raw[branch], pair, strict=True):
             plan.write(store, plan.position, x)
@@ -74,7 +76,7 @@ def decode_step(
     return (out, indices) if return_blocks else out
 
 
-def _complete_blocks(cache: NSACache, plan: DecodePlan, params: PhiParams) -> None:
+def _complete_blocks(cache: NSAStores, plan: DecodePlan, params: PhiParams) -> None:
     weights = ((params.k_weight, key_position(params.k_position, cache.config)), (params.v_weight, params.v_position))
     for store, raw, (weight, position) in zip(cache.blocks, cache.raw["cmp"], weights, strict=True):
         windows = plan.read(raw, plan.block_tokens, plan.complete)
@@ -82,7 +84,7 @@ def _complete_blocks(cache: NSACache, plan: DecodePlan, params: PhiParams) -> No
         plan.write(store, plan.block_number, made, plan.complete)
 
 
-def _selected(cache: NSACache, plan: DecodePlan, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _selected(cache: NSAStores, plan: DecodePlan, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [R, Hkv, S, D] of the chosen blocks, and their mask [R, Hkv, 1, S]."""
     config = cache.config
     if plan.candidates <= config.count:

@@ -10,4 +10,5 @@ def register() -> None:
 
     import plumbline.models.config  # noqa: F401 (registers the configuration)
 
-    ModelRegistry.register_model("Policy", "plumbline.models.vllm.model:ServedPolicy")
+    if "Policy" not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model("Policy", "plumbline.models.vllm.model:ServedPolicy")

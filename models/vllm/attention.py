@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from plumbline.kernels.nsa import NSAConfig
+from plumbline.kernels.nsa.backend import Backend, use_triton
 from plumbline.models.attention import SparseAttention
-from plumbline.models.vllm.paged import Branches, Pages, Step, paged_attention
+from plumbline.models.vllm.decode import Part, divide
+from plumbline.models.vllm.specs import blocks_spec
 
 STORES = ("cmp", "slc", "win", "blocks")
 
@@ -26,24 +32,32 @@ class StepMetadata:
 
     Attributes:
         starts: first new token of each sequence, and the end.
-        lengths: tokens of each sequence after the step.
+        lengths: [B] int, tokens of each sequence after the step, on the device.
+        longest: a bound on them, known to the host.
         table: [B, M] int32 block table.
-        steps: index tensors of the step, made by the first layer that needs them.
+        work: what the step does, made by the first layer for all.
     """
 
     starts: list[int]
-    lengths: list[int]
+    lengths: Tensor
+    longest: int
     table: Tensor
-    steps: dict[NSAConfig, Step]
-
-    def step(self, config: NSAConfig) -> Step:
-        if config not in self.steps:
-            self.steps[config] = Step(self.starts, self.lengths, config, self.table.device)
-        return self.steps[config]
+    work: list[Part] = field(default_factory=list)
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
-    """From vLLM's metadata to ours. Lengths are read on the host, so no CUDA graph covers these layers."""
+    """From vLLM's metadata to ours.
+
+    Where all sequences have one new token and the decode kernels run, nothing is read on the host, so a CUDA graph can
+    hold the step. No card has run that yet: `--additional-config '{"nsa_graphs": true}'` asks for it.
+    """
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        asked = vllm_config.additional_config
+        if isinstance(asked, dict) and asked.get("nsa_graphs"):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -56,10 +70,15 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         common = common_attn_metadata
         return StepMetadata(
             common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
-            common.seq_lens[: common.num_reqs].tolist(),
+            common.seq_lens[: common.num_reqs],
+            common.max_seq_len,
             common.block_table_tensor[: common.num_reqs],
-            {},
         )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepMetadata:
+        told = self.build(0, common_attn_metadata)
+        told.longest = self.vllm_config.model_config.max_model_len  # of any step that is to run in the graph
+        return told
 
 
 class SparseBackend(AttentionBackend):
@@ -82,6 +101,13 @@ class SparseBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """vLLM before 0.29 asks for the shape of the pages; later ones always are [page, head, entry, content]."""
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
 
 
 class Store(nn.Module, AttentionLayerBase):
@@ -126,13 +152,10 @@ class Store(nn.Module, AttentionLayerBase):
         if self.kind == "slc":
             return FullAttentionSpec(**shape)
         if self.kind == "blocks":
-            return FullAttentionSpec(**shape, tokens_per_state=self.config.stride)
+            return blocks_spec(self.config.stride, **shape)
         return SlidingWindowSpec(
             **shape, sliding_window=self.config.window if self.kind == "win" else self.config.block
         )
-
-    def pages(self, metadata: StepMetadata) -> Pages:
-        return Pages(self.kv_cache, metadata.table, self.dim)
 
 
 class PagedSparseAttention(nn.Module):
@@ -142,11 +165,15 @@ class PagedSparseAttention(nn.Module):
         attention: the policy's own module: projections, gates and phi.
         vllm_config: where the stores are registered.
         prefix: of their names.
+        first: this is the layer that divides a step's work for all.
     """
 
-    def __init__(self, attention: SparseAttention, vllm_config: VllmConfig, prefix: str) -> None:
+    backend: Backend = "auto"
+
+    def __init__(self, attention: SparseAttention, vllm_config: VllmConfig, prefix: str, *, first: bool) -> None:
         super().__init__()
         self.stores = {kind: Store(kind, attention, vllm_config, prefix) for kind in STORES}
+        self.first = first
 
     def forward(self, attention: SparseAttention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, hidden] of the step's new tokens (and padding after them) -> [T, hidden]."""
@@ -155,10 +182,17 @@ class PagedSparseAttention(nn.Module):
         if told is None:  # vLLM's dry run, which measures memory
             return attention.o_proj(out)
         metadata = {kind: told[store.name] for kind, store in self.stores.items()}
-        step = metadata["slc"].step(attention.nsa)
-        x, cos, sin = (part[: step.tokens] for part in (x, cos, sin))
-        q, (cmp, slc, win) = attention.project(x, cos, sin)
-        pages = Branches(**{kind: store.pages(metadata[kind]) for kind, store in self.stores.items()})
-        new = paged_attention(q, cmp, slc, win, attention.gates(x), pages, step, attention.phi(q.dtype))
-        out[: step.tokens] = new.flatten(1)
+        owner = metadata["slc"]
+        tokens = owner.starts[-1]
+        x, cos, sin = (part[:tokens] for part in (x, cos, sin))
+        q, branches = attention.project(x, cos, sin)
+        gates, phi = attention.gates(x), attention.phi(q.dtype)
+        if self.first or not owner.work:
+            page = self.stores["slc"].kv_cache.shape[2]
+            kernels = use_triton(self.backend, q, attention.nsa.select_block)
+            tables = {kind: group.table for kind, group in metadata.items()}
+            owner.work = divide(owner.starts, owner.lengths, owner.longest, tables, attention.nsa, page, kernels)
+        stores = {kind: store.kv_cache for kind, store in self.stores.items()}
+        for part in owner.work:
+            out[:tokens][part.rows] = part.attend(q, *branches, gates, stores, phi).flatten(1)
         return attention.o_proj(out)

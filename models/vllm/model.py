@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -58,7 +59,7 @@ class ServedPolicy(nn.Module):
             assert isinstance(layer, Layer)
             name, attention = f"{prefix}model.layers.{number}.self_attn", layer.self_attn
             if isinstance(attention, SparseAttention):
-                self.paged.append(PagedSparseAttention(attention, vllm_config, name))
+                self.paged.append(PagedSparseAttention(attention, vllm_config, name, first=number == 0))
             else:
                 self.paged.append(PagedFullAttention(attention, vllm_config, name))
 
@@ -135,6 +136,7 @@ def refuse_unsupported(vllm_config: VllmConfig, config: PolicyConfig) -> None:
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
     }
     if config.attention == "nsa":
+        reasons["VLLM_USE_BREAKABLE_CUDAGRAPH"] = os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") not in ("", "0")
         reasons["kv_cache_dtype"] = vllm_config.cache_config.cache_dtype != "auto"
     named = [name for name, refused in reasons.items() if refused]
     if named:

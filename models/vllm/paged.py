@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from plumbline.kernels.nsa import NSAConfig, PhiParams
-from plumbline.kernels.nsa.config import overlap_weights
+from plumbline.kernels.nsa import Layout, NSAConfig, PhiParams, native_sparse_attention
+from plumbline.kernels.nsa.config import key_position, overlap_weights
 from plumbline.kernels.nsa.reference import (
     SCORES_AT_ONCE,
     block_mask,
@@ -71,6 +72,7 @@ class Branches:
 
     Compressed block i is entry i + l/d - 1 of `blocks`: the entry that holds its last token's stride, so that a page of
     compressed entries depends on no token after those it covers, and can be shared between sequences with one prefix.
+    As in NSACache, its key leaves out k_position where no softmax sees that.
     """
 
     cmp: Pages
@@ -113,11 +115,28 @@ class Step:
     def tokens(self) -> int:
         return self.starts[-1]
 
+    @cached_property
+    def whole(self) -> list[int]:
+        """Sequences all of whose tokens are new."""
+        return [row for row, new in enumerate(self.counts) if new and new == self.lengths[row]]
+
+    @cached_property
+    def whole_rows(self) -> Tensor:
+        """Their rows, one sequence after the other."""
+        parts = [torch.arange(self.starts[row], self.starts[row + 1]) for row in self.whole]
+        return torch.cat(parts).to(self.device)
+
+    @cached_property
+    def whole_layout(self) -> Layout:
+        ends = torch.tensor([0, *accumulate(self.counts[row] for row in self.whole)], dtype=torch.int32)
+        return Layout(ends.to(self.device))
+
     def groups(self) -> list[tuple[Tensor, Tensor]]:
-        """Sequences to attend together: (their numbers [b], their rows [b, n]), by number of new tokens."""
+        """The other sequences, to attend together: (their numbers [b], their rows [b, n]), by number of new tokens."""
         by_count: dict[int, list[int]] = {}
+        whole = set(self.whole)
         for row, new in enumerate(self.counts):
-            if new:
+            if new and row not in whole:
                 by_count.setdefault(new, []).append(row)
         found = []
         for new, members in by_count.items():
@@ -142,6 +161,8 @@ def paged_attention(
 ) -> Tensor:
     """Put the step's keys and values into the pages and attend from them. No gradient.
 
+    Sequences all of whose tokens are new are read whole, by the packed kernels; others from the pages.
+
     Args:
         q: [T, Hq, Dqk]; kv_*: (k [T, Hkv, Dqk], v [T, Hkv, Dv]); gates: [T, Hq, 3]: T new tokens, as step numbers them.
         pages: of this layer; they already hold the tokens before the step.
@@ -160,10 +181,18 @@ def paged_attention(
         pages.blocks.write(
             step.block_rows,
             step.block_numbers + config.block // config.stride - 1,
-            phi(k.to(q.dtype), params.k_weight, params.k_position, config.phi),
+            phi(k.to(q.dtype), params.k_weight, key_position(params.k_position, config), config.phi),
             phi(v.to(q.dtype), params.v_weight, params.v_position, config.phi),
         )
     out = torch.empty(q.shape[0], q.shape[1], kv_slc[1].shape[2], dtype=q.dtype, device=q.device)
+    if step.whole:
+        rows, layout = step.whole_rows, step.whole_layout
+        cmp, slc, win = ((k[rows], v[rows]) for k, v in (kv_cmp, kv_slc, kv_win))
+        new = native_sparse_attention(
+            q[rows], cmp, slc, win, gates[rows], layout.cu_seqlens, params, config, layout=layout
+        )
+        assert isinstance(new, Tensor)
+        out[rows] = new
     for members, rows in step.groups():
         longest = max(step.lengths[member] for member in members.tolist())
         size = max(16, SCORES_AT_ONCE // (len(members) * q.shape[1] * longest))

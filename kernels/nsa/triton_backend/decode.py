@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plumbline.kernels.nsa.cache import DecodePlan, NSACache
+from plumbline.kernels.nsa.cache import BRANCHES, DecodePlan, NSAStores
 from plumbline.kernels.nsa.config import PhiParams, key_position
 from plumbline.kernels.nsa.triton_backend.common import LOG2E, exact, load_rows, pad_dim, precision, rows_contiguous
 from plumbline.kernels.nsa.triton_backend.phi import append, second_layer
@@ -30,15 +30,15 @@ KEYS, WIDE_KEYS = 128, 64
 
 
 @triton.jit
-def cached_rows(table, at, ok, size, stride_p, stride_h, head, D: tl.constexpr, PAGED: tl.constexpr):
-    """Element offsets of rows `at` of a sequence in a store [slots or pages, H, size, D]."""
+def cached_rows(table, at, ok, size, stride_p, stride_h, head, ROW: tl.constexpr, PAGED: tl.constexpr):
+    """Element offsets of rows `at` of a sequence in a store [slots or pages, H, size, .] with rows ROW apart."""
     if PAGED:
         slot = tl.load(table + at // size, mask=ok, other=0).to(tl.int64)
         inside = at % size
     else:
         slot = tl.load(table).to(tl.int64)
         inside = at
-    return slot * stride_p + head * stride_h + inside.to(tl.int64) * D
+    return slot * stride_p + head * stride_h + inside.to(tl.int64) * ROW
 
 
 @triton.jit
@@ -99,11 +99,11 @@ def merge(o_ptr, m_ptr, l_ptr, number, low, high, g, n, GP: tl.constexpr, BV: tl
 
 @triton.jit
 def scan(
-    q_ptr, kb_ptr, vb_ptr, kw_ptr, vw_ptr, o_ptr, m_ptr, l_ptr, terms_ptr, table_ptr, position_ptr, scale,
-    q_t, q_h, table_t, size_b, kb_p, kb_h, vb_p, vb_h, size_r, kw_p, kw_h, vw_p, vw_h,
+    q_ptr, kb_ptr, vb_ptr, kw_ptr, vw_ptr, o_ptr, m_ptr, l_ptr, terms_ptr, table_ptr, win_ptr, position_ptr, scale,
+    q_t, q_h, table_t, win_t, size_b, kb_p, kb_h, vb_p, vb_h, size_r, kw_p, kw_h, vw_p, vw_h,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     W: tl.constexpr, SPILL: tl.constexpr, PER2: tl.constexpr, NS: tl.constexpr, PARTS: tl.constexpr,
-    WINDOW_PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW_PARTS: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, KR: tl.constexpr, VR: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PAGED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Parts [0, PARTS): NS selection blocks' compressed keys; then WINDOW_PARTS of the window.
@@ -117,7 +117,6 @@ def scan(
     part = tl.program_id(1)
     row, head = number // KV_HEADS, number % KV_HEADS
     t = tl.load(position_ptr + row).to(tl.int32)
-    table = table_ptr + row * table_t
     g = tl.arange(0, GP)
     c = tl.arange(0, KEYS)
     at = row.to(tl.int64) * q_t + (head * GROUP + g) * q_h
@@ -128,8 +127,11 @@ def scan(
             m_, jj = c // NS, c % NS
             i = PER * (j0 + jj) + m_
             ok = (i < high) & (m_ < PER)
-            k = load_rows(kb_ptr, cached_rows(table, i, ok, size_b, kb_p, kb_h, head, DK, PAGED), ok, DK, BK)
-            v = load_rows(vb_ptr, cached_rows(table, i, ok, size_b, vb_p, vb_h, head, DV, PAGED), ok, DV, BV)
+            table = table_ptr + row * table_t
+            at_k = cached_rows(table, i + SHIFT, ok, size_b, kb_p, kb_h, head, KR, PAGED)
+            at_v = cached_rows(table, i + SHIFT, ok, size_b, vb_p, vb_h, head, VR, PAGED)
+            k = load_rows(kb_ptr, at_k, ok, DK, BK)
+            v = load_rows(vb_ptr, at_v, ok, DV, BV)
             q = load_rows(q_ptr, at, g < GROUP, DK, BK)
             m, p, denominator, o = tile(q, k.to(q.dtype), v.to(q.dtype), ok, scale, PREC)
             store_part(
@@ -147,8 +149,9 @@ def scan(
         first = t - W + 1 + (part - PARTS) * KEYS
         if (first + KEYS > 0) & (first <= t):
             ok = (first + c >= 0) & (first + c <= t)
-            k = load_rows(kw_ptr, cached_rows(table, first + c, ok, size_r, kw_p, kw_h, head, DK, PAGED), ok, DK, BK)
-            v = load_rows(vw_ptr, cached_rows(table, first + c, ok, size_r, vw_p, vw_h, head, DV, PAGED), ok, DV, BV)
+            win = win_ptr + row * win_t
+            k = load_rows(kw_ptr, cached_rows(win, first + c, ok, size_r, kw_p, kw_h, head, KR, PAGED), ok, DK, BK)
+            v = load_rows(vw_ptr, cached_rows(win, first + c, ok, size_r, vw_p, vw_h, head, VR, PAGED), ok, DV, BV)
             q = load_rows(q_ptr, at, g < GROUP, DK, BK)
             m, p, denominator, o = tile(q, k.to(q.dtype), v.to(q.dtype), ok, scale, PREC)
             store_part(
@@ -221,7 +224,7 @@ def selected(
     q_ptr, k_ptr, v_ptr, o_ptr, m_ptr, l_ptr, tickets_ptr, gates_ptr, mixed_ptr, indices_ptr, out_ptr, table_ptr,
     position_ptr, scale, q_t, q_h, table_t, size, k_p, k_h, v_p, v_h,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, S: tl.constexpr, COUNT: tl.constexpr,
-    SLOTS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    SLOTS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, KR: tl.constexpr, VR: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PAGED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """SLOTS chosen blocks a program; out [R, Hq, Dv]."""
@@ -237,8 +240,8 @@ def selected(
     j = tl.load(indices_ptr + number.to(tl.int64) * COUNT + slot, mask=ok, other=-1)
     token = j * S + c % S
     ok = ok & (j >= 0) & (token <= t)
-    k = load_rows(k_ptr, cached_rows(table, token, ok, size, k_p, k_h, head, DK, PAGED), ok, DK, BK)
-    v = load_rows(v_ptr, cached_rows(table, token, ok, size, v_p, v_h, head, DV, PAGED), ok, DV, BV)
+    k = load_rows(k_ptr, cached_rows(table, token, ok, size, k_p, k_h, head, KR, PAGED), ok, DK, BK)
+    v = load_rows(v_ptr, cached_rows(table, token, ok, size, v_p, v_h, head, VR, PAGED), ok, DV, BV)
     q = load_rows(q_ptr, row.to(tl.int64) * q_t + (head * GROUP + g) * q_h, g < GROUP, DK, BK)
     m, _, denominator, o = tile(q, k.to(q.dtype), v.to(q.dtype), ok, scale, PREC)
     store_part(o_ptr, m_ptr, l_ptr, number * PARTS + part, o, m, denominator, GP, BV)
@@ -259,7 +262,7 @@ def selected(
 
 def decode(
     q: Tensor, kv_cmp: tuple[Tensor, Tensor], kv_slc: tuple[Tensor, Tensor], kv_win: tuple[Tensor, Tensor],
-    gates: Tensor, cache: NSACache, plan: DecodePlan, params: PhiParams, scale: float,
+    gates: Tensor, cache: NSAStores, plan: DecodePlan, params: PhiParams, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out [R, Hq, Dv], blocks chosen [R, Hkv, count] int32); see decode_step."""
     config, (rows, heads, dk) = cache.config, q.shape
@@ -267,8 +270,8 @@ def decode(
     group, bk, bv = heads // kv_heads, pad_dim(dk), pad_dim(dv)
     gp = max(16, triton.next_power_of_2(group))
     q, gates = rows_contiguous(q), gates.contiguous()
-    table = plan.slots if plan.slots.ndim == 2 else plan.slots[:, None]
-    append_tokens(kv_cmp, kv_slc, kv_win, cache, plan, params, table)
+    tables = plan.tables
+    append_tokens(kv_cmp, kv_slc, kv_win, cache, plan, params)
 
     wide = exact(q.dtype) or max(bk, bv) > 128
     per2 = triton.next_power_of_2(config.select_block // config.stride)
@@ -300,12 +303,14 @@ def decode(
     (k_blocks, v_blocks), (k_slc, v_slc), (k_win, v_win) = cache.blocks, cache.raw["slc"], cache.raw["win"]
     common = {"KV_HEADS": kv_heads, "GROUP": group, "GP": gp}
     dims = {"DK": dk, "DV": dv, "BK": bk, "BV": bv, "PAGED": plan.page is not None, "PREC": precision(q.dtype)}
+    dims |= row_strides(cache)
     sizes = {"L": config.block, "D": config.stride, "S": config.select_block, "W": config.window, "SPILL": spill}
     scan[(number, parts + window_parts)](
-        q, k_blocks, v_blocks, k_win, v_win, o, m, denominator, terms, table, plan.position, scale * LOG2E,
-        q.stride(0), q.stride(1), table.stride(0), k_blocks.shape[2], *k_blocks.stride()[:2], *v_blocks.stride()[:2],
+        q, k_blocks, v_blocks, k_win, v_win, o, m, denominator, terms, tables["blocks"], tables["win"], plan.position,
+        scale * LOG2E, q.stride(0), q.stride(1), tables["blocks"].stride(0), tables["win"].stride(0),
+        k_blocks.shape[2], *k_blocks.stride()[:2], *v_blocks.stride()[:2],
         k_win.shape[2], *k_win.stride()[:2], *v_win.stride()[:2], **common, **sizes, PER2=per2, NS=ns, PARTS=parts,
-        WINDOW_PARTS=window_parts, WIDTH=width, **dims, num_warps=8,
+        WINDOW_PARTS=window_parts, WIDTH=width, SHIFT=cache.shift, **dims, num_warps=8,
     )  # fmt: skip
     columns = min(bv, MERGED_COLUMNS)
     decide[(number, 1 + bv // columns)](
@@ -315,41 +320,56 @@ def decode(
         SOME=min(width, SUMMED_AT_ONCE), num_warps=8,
     )  # fmt: skip
     selected[(number, select_parts)](
-        q, k_slc, v_slc, o, m, denominator, tickets, gates, mixed, indices, out, table, plan.position, scale * LOG2E,
-        q.stride(0), q.stride(1), table.stride(0), k_slc.shape[2], *k_slc.stride()[:2], *v_slc.stride()[:2], **common,
-        S=config.select_block, COUNT=config.count, SLOTS=slots,
+        q, k_slc, v_slc, o, m, denominator, tickets, gates, mixed, indices, out, tables["slc"], plan.position,
+        scale * LOG2E, q.stride(0), q.stride(1), tables["slc"].stride(0), k_slc.shape[2], *k_slc.stride()[:2],
+        *v_slc.stride()[:2], **common, S=config.select_block, COUNT=config.count, SLOTS=slots,
         KEYS=max(16, triton.next_power_of_2(slots * config.select_block)), PARTS=select_parts,
         **dims, num_warps=8,
     )  # fmt: skip
     return out, indices
 
 
+def row_strides(cache: NSAStores) -> dict[str, int]:
+    """Elements from one row of keys, and of values, to the next. ValueError: stores laid out in different ways."""
+    layouts = {(tuple(k.stride()), tuple(v.stride()), k.shape[2]) for k, v in cache.raw.values()}
+    rows = {(k.stride(2), v.stride(2)) for k, v in (*cache.raw.values(), cache.blocks)}
+    last = {x.stride(3) for pair in (*cache.raw.values(), cache.blocks) for x in pair}
+    if len(layouts) != 1 or len(rows) != 1 or last != {1}:
+        raise ValueError("the kernels need stores of the three branches with the same strides, and rows without gaps")
+    [(k, v)] = rows
+    return {"KR": k, "VR": v}
+
+
 def append_tokens(
-    kv_cmp: tuple[Tensor, Tensor], kv_slc: tuple[Tensor, Tensor], kv_win: tuple[Tensor, Tensor], cache: NSACache,
-    plan: DecodePlan, params: PhiParams, table: Tensor,
+    kv_cmp: tuple[Tensor, Tensor], kv_slc: tuple[Tensor, Tensor], kv_win: tuple[Tensor, Tensor], cache: NSAStores,
+    plan: DecodePlan, params: PhiParams,
 ) -> None:  # fmt: skip
     """New keys and values, and the compression blocks that they complete, into the cache."""
-    config = cache.config
+    config, tables = cache.config, plan.tables
     rows, kv_heads, dk = kv_cmp[0].shape
     dv = kv_cmp[1].shape[2]
     inputs = [rows_contiguous(x) for pair in (kv_cmp, kv_slc, kv_win) for x in pair]
-    stores = [x for branch in ("cmp", "slc", "win") for x in cache.raw[branch]]
+    stores = [x for branch in BRANCHES for x in cache.raw[branch]]
     kind = {"linear": 0, "mean": 1, "mlp": 2}[config.phi]
     position = key_position(params.k_position, config)
     k_weight, v_weight, v_position = (x.contiguous() for x in (params.k_weight, params.v_weight, params.v_position))
     k_position = position.contiguous() if position is not None else v_position
     hidden = torch.empty(
-        (2, rows, kv_heads, max(dk, dv)) if kind == 2 else (1,), dtype=torch.float32, device=table.device
+        (2, rows, kv_heads, max(dk, dv)) if kind == 2 else (1,), dtype=torch.float32, device=kv_cmp[0].device
     )
     tile = 16
     tiles = (triton.cdiv(dk, tile), triton.cdiv(dv, tile))
     (k_blocks, v_blocks), store_k, store_v = cache.blocks, stores[0], stores[1]
+    table = tables["blocks"]
+    raw_tables = [tables[branch] for branch in BRANCHES]
     shared = (table, plan.position, table.stride(0), k_blocks.shape[2], *k_blocks.stride()[:2], *v_blocks.stride()[:2])
     sizes = {"KV_HEADS": kv_heads, "L": config.block, "D": config.stride, "PAGED": plan.page is not None}
+    sizes |= row_strides(cache) | {"SHIFT": cache.shift}
     append[(rows, kv_heads, 1 + sum(tiles))](
         *inputs, *(stride for x in inputs for stride in x.stride()[:2]), *stores, store_k.shape[2],
         *store_k.stride()[:2], *store_v.stride()[:2], k_weight, k_position, v_weight, v_position, k_blocks, v_blocks,
-        hidden, *shared, **sizes, NEW=plan.new, KIND=kind, HAS_KEY_POSITION=position is not None, DK=dk, DV=dv,
+        hidden, *raw_tables, *(x.stride(0) for x in raw_tables), *shared, **sizes, NEW=plan.new,
+        KIND=kind, HAS_KEY_POSITION=position is not None, DK=dk, DV=dv,
         BK=pad_dim(dk), BV=pad_dim(dv), K_TILES=tiles[0], TILE=tile, CHUNK=8, num_warps=16,
     )  # fmt: skip
     if kind == 2:

@@ -1,4 +1,9 @@
-"""The learner's optimizers by name: AdamW with its moments in float32 on the device, in 8 bits, or in the host's memory."""
+"""The learner's optimizers by name: AdamW with its moments in float32 on the device, in 8 bits, or in the host's memory.
+
+Why not the libraries' offloading: torchao's CPUOffloadOptimizer shards nothing, refuses machines without a GPU and leaves the
+host's weights as they were when a checkpoint is read; FSDP2's CPUOffloadPolicy keeps the weights themselves on the host, so that
+every forward pass waits for the bus.
+"""
 
 from __future__ import annotations
 

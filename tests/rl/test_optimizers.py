@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def test_a_bitsandbytes_that_cannot_run_is_one_line(monkeypatch):
 
 
 def test_what_it_lacks_is_one_line(policy_path, monkeypatch):
-    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     check_optimizer(LearnerSection(optimizer="adamw_offload"))
     with pytest.raises(InputError, match=r"needs bitsandbytes: pip install 'plumbline-rl\[adamw-8bit\]'"):
         make(policy_path, "adamw_8bit")

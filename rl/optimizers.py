@@ -1,8 +1,8 @@
 """The learner's optimizers by name: AdamW with its moments in float32 on the device, in 8 bits, or in the host's memory.
 
-Why not the libraries' offloading: torchao's CPUOffloadOptimizer shards nothing, refuses machines without a GPU and leaves the
-host's weights as they were when a checkpoint is read; FSDP2's CPUOffloadPolicy keeps the weights themselves on the host, so that
-every forward pass waits for the bus.
+Why not the libraries' offloading: torchao's CPUOffloadOptimizer sends each gradient to the host while backward still runs, before
+it could be clipped, and is for one GPU; FSDP2's CPUOffloadPolicy keeps the weights themselves on the host, so that every forward
+pass waits for the bus.
 """
 
 from __future__ import annotations

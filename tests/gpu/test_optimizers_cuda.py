@@ -28,7 +28,7 @@ def gradients(step):
 
 
 def train(optimizer, steps=30):
-    """(final weights, bytes the optimizer keeps on the device, the optimizer), the learning rate falling by a schedule."""
+    """(final weights, bytes kept on the device, the optimizer) after steps at a falling learning rate."""
     parameters = [torch.nn.Parameter(tensor.cuda()) for tensor in start()]
     before = torch.cuda.memory_allocated()
     section = LearnerSection(optimizer=optimizer, weight_decay=0.01)

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--tokens-per-microbatch", type=int, default=32768)
     parser.add_argument("--liger", action="store_true")
+    parser.add_argument("--optimizer", default="adamw", help="learner.optimizer")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--trl-steps", type=int, default=2, help="0 leaves TRL out")
@@ -66,6 +67,7 @@ def main() -> None:
                 "tokens_per_microbatch": arguments.tokens_per_microbatch,
                 "logprob_chunk_tokens": 8192,
                 "liger": arguments.liger,
+                "optimizer": arguments.optimizer,
             },
             "algorithm": {"advantage": "grpo", "aggregation": "sequence"},
         }

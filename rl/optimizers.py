@@ -138,7 +138,7 @@ def _adamw_8bit(parameters: Sequence[nn.Parameter], ranks: Ranks, **settings: An
     def make(tensors: Sequence[nn.Parameter]) -> Any:
         optimizer = AdamW8bit(tensors, **settings)
         # A second moment far below the largest of its block would be rounded to 0, and the first moment then divided by
-        # almost nothing (arXiv 2309.01507, section 3.2): it is rounded up to the smallest positive code instead. A block of
+        # almost nothing (arXiv 2309.01507): it is rounded up to the smallest positive code instead. A block of
         # zeros stays 0, its scale being 0.
         codes = optimizer.name2qmap["udynamic"]
         codes[0] = codes[1]

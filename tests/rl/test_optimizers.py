@@ -19,6 +19,7 @@ from plumbline.rl.sections import LearnerSection
 
 BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra adamw-8bit")
 PPO = {"advantage": "gae", "kl_coefficient": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
+ZCLIP = {"clipping": {"method": "zclip", "warmup_steps": 2}, "minibatches": 2}
 ADAGC = {"clipping": {"method": "adagc", "warmup_steps": 1}, "schedule": "linear", "warmup_steps": 2}
 
 
@@ -104,6 +105,8 @@ def test_a_parameter_without_a_gradient_stays():
         ("adamw", "adamw_offload", {}),
         ("adamw_offload", "adamw", {}),
         pytest.param("adamw_8bit", "adamw_8bit", ADAGC, marks=BITSANDBYTES),
+        pytest.param("adamw_8bit", "adamw_8bit", ZCLIP | {"algorithm": PPO}, marks=BITSANDBYTES),
+        pytest.param("adamw_8bit", "adamw_8bit", {"lora": {"rank": 4}}, marks=BITSANDBYTES),
     ],
 )
 def test_resumed_goes_on_bitwise(before, after, changes, policy_path, tmp_path):

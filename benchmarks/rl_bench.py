@@ -73,6 +73,7 @@ def run_config(settings: dict[str, Any], engine: str) -> RunConfig:
         "tokens_per_microbatch": settings["tokens_per_microbatch"],
         "logprob_chunk_tokens": 8192,
         "liger": settings["liger"],
+        "optimizer": settings["optimizer"],
     }
     return parse_config(
         {

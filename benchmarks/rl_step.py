@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-new-tokens", type=int, default=256)
     made.add_argument("--tokens-per-microbatch", type=int, default=32768, help="of our learner")
     made.add_argument("--liger", action="store_true", help="liger-kernel in our learner")
+    made.add_argument("--optimizer", default="adamw", help="learner.optimizer of ours")
     made.add_argument("--warmup", type=int, default=2, help="steps that are not counted (trl-generate: 1)")
     made.add_argument("--steps", type=int, default=5, help="steps that are counted")
     made.add_argument("--generate-steps", type=int, default=1, help="the same for trl-generate, whose steps are long")
@@ -140,12 +141,10 @@ def environment(mode: str, settings: dict[str, Any]) -> dict[str, str]:
             "NCCL_SOCKET_IFNAME": "lo",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-    if mode in ("vllm", "trl-vllm"):
-        # The engine is asked for its model, to give it new weights. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT are
-        # TRL's to set, once its trainer is made: earlier, accelerate would take this for one of several processes.
+        # In the process itself: its engine is asked for its model, to give it new weights, and a forked one cannot use a
+        # GPU that this process has looked at. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT are TRL's to set, once its
+        # trainer is made: earlier, accelerate would take this for one of several processes.
         wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if mode == "vllm-alone":
-        wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     if mode in ("trl-vllm", "vllm-alone"):
         wanted["VLLM_PLUGINS"] = ""  # vLLM's own architectures alone
     return {name: value for name, value in wanted.items() if name not in os.environ}

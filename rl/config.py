@@ -84,6 +84,11 @@ class RunConfig(Section):
                 f"learner.minibatches ({self.learner.minibatches}) must not exceed "
                 f"rollout.prompts_per_step ({self.rollout.prompts_per_step}): a group is never split"
             )
+        if self.learner.optimizer == "adamw_8bit" and self.learner.workers > 1:
+            raise ValueError(
+                f"learner.optimizer adamw_8bit needs learner.workers 1, not {self.learner.workers}: bitsandbytes' blocks do not fit "
+                "shards; adamw divides its moments over the workers, adamw_offload also takes them off the GPUs"
+            )
         if self.overlong_buffer_tokens > self.rollout.max_new_tokens:
             raise ValueError(
                 f"reward.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must not exceed "

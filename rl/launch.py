@@ -9,6 +9,7 @@ from plumbline.models.load import policy_config
 from plumbline.rl.config import RunConfig
 from plumbline.rl.data import DataReport
 from plumbline.rl.grading import load_shaping
+from plumbline.rl.optimizers import check_optimizer
 from plumbline.rl.output import mark_run, prepare_output
 from plumbline.rl.plan import TRAINING_RUNS_OF_A_PIPELINE, make_plan, print_plan
 from plumbline.rl.tasks import TaskSet, evaluation_tasks, training_tasks
@@ -16,7 +17,7 @@ from plumbline.rl.trackers import check_trackers
 
 
 def check_settings(config: RunConfig, tasks: TaskSet, report: DataReport, console: Console) -> None:
-    """Say what was read; InputError for a reward, a tracker, a sampler or a replay that this run cannot have."""
+    """Say what was read; InputError for a reward, an optimizer, a tracker, a sampler or a replay that this run cannot have."""
     from plumbline.rl.collect import make_sampler
 
     attention = policy_config(config.policy.path, attention=config.policy.attention).attention
@@ -27,6 +28,7 @@ def check_settings(config: RunConfig, tasks: TaskSet, report: DataReport, consol
     for line in report.lines():
         console.print(line, highlight=False)
     load_shaping(config)
+    check_optimizer(config.learner)
     check_trackers(config.tracking.trackers)
     make_sampler(config, tasks)
 

@@ -25,6 +25,7 @@ from plumbline.rl.logprobs import token_logprobs
 from plumbline.rl.lora import add_adapters, without_adapters
 from plumbline.rl.losses import LossConfig, aggregate, kl_penalty, policy_loss, value_loss
 from plumbline.rl.losses.ratio import importance_ratio
+from plumbline.rl.optimizers import make_optimizer
 from plumbline.rl.packing import Packed, completion_mask, microbatches, pack, padded
 
 
@@ -87,9 +88,7 @@ class Learner:
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         settings = self.config.learner
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        optimizer = make_optimizer(settings, trainable, learning_rate, self.ranks)
         updates = self.config.steps * settings.epochs * settings.minibatches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, updates, self.config))
         return optimizer, schedule

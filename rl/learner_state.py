@@ -24,6 +24,7 @@ from plumbline.rl.distributed import whole
 from plumbline.rl.files import disk_refusal, sha256
 from plumbline.rl.learner import Learner
 from plumbline.rl.lora import merged_state
+from plumbline.rl.optimizers import MOMENT_BITS, after_loading, keeps_state_of
 
 TENSORS = "learner"
 REST = "learner.pt"
@@ -114,6 +115,13 @@ def load(learner: Learner, folder: Path) -> None:
     rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
     if rest["clipping"] != learner.config.learner.clipping.method:
         raise InputError(f"checkpoint {folder} was made with another learner.clipping.method; keep it when resuming")
+    # Checkpoints from before there was a choice say nothing of it.
+    bits, own = rest.get("moment_bits", 32), _moment_bits(learner)
+    if bits != own:
+        raise InputError(
+            f"checkpoint {folder} has optimizer moments of {bits} bits, learner.optimizer "
+            f"{learner.config.learner.optimizer} of {own}; keep it when resuming"
+        )
     for part, here in _parts(learner).items():
         if rest[part] != here:
             there = "with" if rest[part] else "without"
@@ -132,6 +140,8 @@ def load(learner: Learner, folder: Path) -> None:
         process_group=learner.ranks.files,
         no_dist=learner.ranks.size == 1,
     )
+    for _, _, optimizer in _trained(learner):
+        after_loading(optimizer)
     learner.clipper.load_state_dict(rest["clipper"])
     _set_schedule(learner.scheduler, rest["scheduler"])
     if learner.critic is not None:
@@ -145,12 +155,17 @@ def _parts(learner: Learner) -> dict[str, bool]:
     return {"adapters": bool(learner.config.learner.lora.rank), "critic": learner.critic is not None}
 
 
+def _moment_bits(learner: Learner) -> int:
+    return MOMENT_BITS[learner.config.learner.optimizer]
+
+
 def _rest(learner: Learner) -> dict[str, Any]:
     """What is no tensor of the model's size; the same on every rank."""
     rest: dict[str, Any] = {
         **_parts(learner),
         "clipping": learner.config.learner.clipping.method,
         "clipper": learner.clipper.state_dict(),
+        "moment_bits": _moment_bits(learner),
         "scheduler": learner.scheduler.state_dict(),
         "version": learner.version,
         "skipped_in_a_row": learner.skipped_in_a_row,
@@ -178,8 +193,8 @@ def _tensors(learner: Learner) -> dict[str, Tensor]:
     for part, model, optimizer in _trained(learner):
         for name, parameter in _trainable(model).items():
             tensors[f"{part}.{name}"] = parameter.detach()
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{part}_optimizer.{name}.{key}"] = value
+            for key, value in optimizer.state.get(keeps_state_of(optimizer, parameter), {}).items():
+                tensors[f"{part}_optimizer.{name}.{key}"] = torch.as_tensor(value)
     return tensors
 
 
@@ -191,16 +206,16 @@ def _make_moments(learner: Learner, saved: Mapping[str, Any]) -> None:
     for part, model, optimizer in _trained(learner):
         optimizer.state.clear()
         for name, parameter in _trainable(model).items():
-            prefix = f"{part}_optimizer.{name}."
+            prefix, keeper = f"{part}_optimizer.{name}.", keeps_state_of(optimizer, parameter)
             for key in [key for key in saved if key.startswith(prefix)]:
                 size, dtype = saved[key].size, saved[key].properties.dtype
                 whole_parameter = size == parameter.shape
                 value = (
-                    torch.zeros_like(parameter, dtype=dtype)
+                    torch.zeros_like(keeper, dtype=dtype)
                     if whole_parameter
-                    else torch.zeros(size, dtype=dtype, device=learner.device)
+                    else torch.zeros(size, dtype=dtype, device=keeper.device)
                 )
-                optimizer.state[parameter][key.removeprefix(prefix)] = value.detach()
+                optimizer.state[keeper][key.removeprefix(prefix)] = value.detach()
 
 
 def _set_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from plumbline.models.config import PolicyConfig
 from plumbline.models.load import policy_config
 from plumbline.rl.config import RunConfig
+from plumbline.rl.optimizers import MOMENT_BITS
 from plumbline.rl.output import lost_with_the_job
 
 TRAINING_RUNS_OF_A_PIPELINE = 4
@@ -21,7 +22,9 @@ class Plan:
 
     Attributes:
         parameters: of the policy.
-        learner: weights, gradients and AdamW's two moments in float32, reference policy and critic if any, one microbatch.
+        learner: on its device: weights and gradients in float32, AdamW's two moments unless they are on the host, reference
+            policy and critic if any, one microbatch, and published weights in the engine's precision.
+        host: what an offloaded optimizer keeps in the host's memory: weights, gradients and moments.
         rollout: weights and cache of one worker.
         transfer: weights in the object store while they pass.
         checkpoint: copy in the host's memory of what is being written.
@@ -32,6 +35,7 @@ class Plan:
 
     parameters: int
     learner: int
+    host: int
     rollout: int
     transfer: int
     checkpoint: int
@@ -41,7 +45,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        return self.learner + self.transfer + self.rollout + self.checkpoint
+        return self.learner + self.host + self.transfer + self.rollout + self.checkpoint
 
 
 def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
@@ -59,19 +63,26 @@ def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
     logits = config.learner.logprob_chunk_tokens * shape.vocab_size * 4 * 3
     lora = config.learner.lora.rank > 0
     reference = 4 * parameters if config.algorithm.kl_coefficient > 0 and not lora else 0
-    critic = 16 * parameters if config.algorithm.advantage == "gae" else 0
-    # Gradients and AdamW's two moments; adapters are so small that they are left out.
-    trained = 4 * parameters if lora else 16 * parameters
+    critic = config.algorithm.advantage == "gae"
+    # Two moments a parameter; in 8 bits with one float32 scale for each 256 of them.
+    moments = 2 * (1 + 4 / 256) if MOMENT_BITS[config.learner.optimizer] == 8 else 8
+    offloaded = config.learner.optimizer == "adamw_offload"
+    whole = 8 if offloaded else 8 + moments
+    # What belongs to adapters is so small that it is left out.
+    trained = (4 if lora else whole) * parameters + (whole * parameters if critic else 0)
+    host = 16 * parameters * ((not lora) + critic) if offloaded else 0
     rollouts = config.rollout.prompts_per_step * config.rollout.completions_per_prompt
     tokens = rollouts * config.rollout.max_new_tokens
     # policy/, and what training goes on from: weights and two moments (adapters left out again).
-    checkpoint = (4 if lora else 16) * parameters + (12 * parameters if critic else 0)
+    checkpoint = int((4 if lora else 8 + moments) * parameters + ((4 + moments) * parameters if critic else 0))
+    published = rollout_width * parameters
     completions = config.steps * (tokens * 4 + rollouts * 1024)
     return Plan(
         parameters=parameters,
-        learner=trained + reference + critic + activations + logits,
+        learner=int(trained) + reference + activations + logits + published,
+        host=host,
         rollout=rollout_width * parameters + cache,
-        transfer=rollout_width * parameters,
+        transfer=published,
         checkpoint=checkpoint,
         disk=training_runs * (checkpoint * (config.checkpoint.keep + 1) + completions),
         rollouts=rollouts * config.steps,
@@ -117,7 +128,8 @@ def print_plan(config: RunConfig, plan: Plan, samples: int, console: Console, *,
     table.add_row(
         "memory",
         f"at most about {plan.memory / 1e9:.2f} GB for tensors: learner {plan.learner / 1e9:.2f}, "
-        f"each rollout worker {plan.rollout / 1e9:.2f}, weights in transit {plan.transfer / 1e9:.2f}, "
+        + (f"its optimizer on the host {plan.host / 1e9:.2f}, " if plan.host else "")
+        + f"each rollout worker {plan.rollout / 1e9:.2f}, weights in transit {plan.transfer / 1e9:.2f}, "
         f"a checkpoint being written {plan.checkpoint / 1e9:.2f}",
     )
     table.add_row("output", f"{config.folder}, at most about {plan.disk / 1e9:.2f} GB")

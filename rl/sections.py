@@ -190,6 +190,12 @@ class LearnerSection(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Compute type; master weights stay float32."
     )
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = Field(
+        "adamw",
+        description="Where AdamW keeps its moments: float32 beside the weights (8 bytes a parameter); in 8 bits (bitsandbytes, extra "
+        "`adamw-8bit`, one learner; 2 bytes, steps off by a few per cent); or in host memory, where the weights are then updated "
+        "too (exact; each update moves 8 bytes a parameter over the bus and takes the CPU's time; 16 bytes a parameter of the host's).",
+    )
     learning_rate: float = Field(1e-6, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="After warm-up; linear and cosine end at 0."

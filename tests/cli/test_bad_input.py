@@ -56,6 +56,7 @@ def run(monkeypatch, capsys, tmp_path):
         (["compare", "a", "b"], "a is not the folder of an evaluation"),
         (["report", "nowhere"], "nowhere is not the folder of a run"),
         (["train", "run.yaml", "tracking.trackers=[comet]"], "unknown tracker 'comet'"),
+        (["train", "run.yaml", "learner.optimizer=adamw_8bit", "learner.workers=2"], "needs learner.workers 1, not 2"),
         (["select", "lim", "--history", "nowhere"], "nowhere"),
         (["check", "nowhere"], "nowhere"),
     ],
@@ -66,6 +67,13 @@ def test_one_clear_line(run, arguments, words):
     assert code == 2, error
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_an_optimizer_whose_package_is_missing(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    code, error = run("train", "run.yaml", "learner.optimizer=adamw_8bit")
+    assert code == 2
+    assert "needs bitsandbytes: pip install 'plumbline-rl[adamw-8bit]'" in error
 
 
 def test_a_subset_that_selects_nothing(run, tmp_path):

@@ -177,6 +177,7 @@ CASES = {
     "nsa, adagc": ("nsa", GRPO, {"minibatches": 2, "clipping": ADAGC}),
     "nsa, critic, checkpointed": ("nsa", PPO, {"gradient_checkpointing": True}),
     "nsa, adapters": ("nsa", {}, {"lora": {"rank": 4}}),
+    "offloaded, critic": ("untied", PPO, {"optimizer": "adamw_offload", "weight_decay": 0.1, "minibatches": 2}),
 }
 
 
@@ -263,11 +264,12 @@ def trained(roles, cfg, batches, folder, *, load=None):
     return load_policy(str(folder / "policy"), dtype=torch.float32).state_dict()
 
 
-@pytest.mark.parametrize("case", ["ppo, adagc", "nsa, adapters"])
+@pytest.mark.parametrize("case", ["ppo, adagc", "nsa, adapters", "offloaded"])
 def test_a_checkpoint_goes_on_in_another_number_of_processes(case, policies, roles, alone, tmp_path):
     policy, algorithm, learner = {
         "ppo, adagc": ("full", PPO, {"clipping": ADAGC, "warmup_steps": 3}),
         "nsa, adapters": ("nsa", {}, {"lora": {"rank": 4}, "warmup_steps": 3}),
+        "offloaded": ("nsa", {}, {"optimizer": "adamw_offload", "warmup_steps": 3}),
     }[case]
     one, two = (config(policies[policy], workers=n, algorithm=algorithm, learner=learner) for n in (1, 2))
     first, last = [batch(0), batch(1)], [batch(2), batch(3)]

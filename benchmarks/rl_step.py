@@ -141,8 +141,8 @@ def environment(mode: str, settings: dict[str, Any]) -> dict[str, str]:
             "NCCL_SOCKET_IFNAME": "lo",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        # In the process itself: its engine is asked for its model, to give it new weights, and a forked one cannot use a
-        # GPU that this process has looked at. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT are TRL's to set, once its
+        # In the process itself: its engine is asked for its model, to give it new weights, and a forked one cannot use
+        # a GPU that this process has looked at. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT are TRL's to set, once its
         # trainer is made: earlier, accelerate would take this for one of several processes.
         wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if mode in ("trl-vllm", "vllm-alone"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,7 @@ class CheckingStage:
     """Feeds a run's groups to a RewardChecker and acts on what it says.
 
     Writes check.html, check.json, check_cases.jsonl and quarantine.txt into the run's folder: every tenth step, at the
-    last one, and whenever the decision changes.
+    last one, and whenever there is a new reason to warn or to stop.
 
     Args:
         config: the run's; reward.checking decides. With a share of 0 the stage does nothing.
@@ -61,6 +62,7 @@ class CheckingStage:
         self.folder, self.last_step, self.stops = Path(config.folder), config.steps, settings.stop
         self.sampler, self.console = sampler, console
         self.decision = "ok"
+        self.told: set[str] = set()
         self.report: StepReport | None = None
         self.checker: RewardChecker | None = None
         if settings.share > 0:
@@ -90,9 +92,13 @@ class CheckingStage:
                 highlight=False,
             )
         changed = report.decision != self.decision
-        if changed and report.reasons:
-            for reason in report.reasons:
-                self.console.print(f"reward check, {report.decision}: {reason}", highlight=False)
+        for reason in report.reasons:
+            # Its figures change from step to step; what it says does not.
+            kind = f"{report.decision} {re.sub('[0-9]+', '', reason.split(':')[0])}"
+            if kind not in self.told:
+                self.told.add(kind)
+                self.console.print(f"reward check, {report.decision}, step {step}: {reason}", highlight=False)
+                changed = True
         if changed or report.quarantined or step % REPORT_EVERY == 0 or step == self.last_step:
             write_report(self.checker, self.folder, self.folder.name)
         self.decision = report.decision

@@ -1,5 +1,6 @@
 """The reward-checking stage beside a training run: real reward actors, groups with planted faults."""
 
+import io
 import threading
 import time
 
@@ -82,6 +83,25 @@ def test_a_run_can_be_told_only_to_warn(workers, tmp_path):
     groups = [group(n, [["12"], ["13"], ["14"], ["15"]], "12", correct=[True] * 4) for n in range(4)]
     assert checking.check(1, groups)["check/decision"] == 2
     checking.enforce()
+
+
+def test_each_warning_is_given_once_also_after_another(workers, tmp_path):
+    checking, _ = stage(tmp_path / "run", workers, stop=False, quarantine=[], suspect_gold=4)
+    checking.console = Console(record=True, width=200, file=io.StringIO())
+    wrong_gold = group(7, [["12"]] * 4, "13")
+    for step in (1, 2, 3):
+        # From the second step on, boxes without a word of reasoning.
+        groups = [group(n, [["12"], ["13"], ["12"], [str(n)]], "12") for n in range(4)] + [wrong_gold]
+        for completion in (c for made in groups if step > 1 for c in made.completions):
+            completion.text = completion.text[completion.text.index("\\boxed") :]
+        checking.check(step, groups)
+    lines = [line for line in checking.console.export_text().splitlines() if line.startswith("reward check, warn")]
+    golds, bare = (
+        [line for line in lines if words in line] for words in ("golds look wrong", "completions with no reasoning:")
+    )
+    assert len(golds) == len(bare) == 1
+    assert golds[0].startswith("reward check, warn, step 1:")
+    assert bare[0].startswith("reward check, warn, step 2:")
 
 
 def test_the_sampler_leaves_out_what_is_quarantined(workers, tmp_path):

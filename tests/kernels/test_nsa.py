@@ -226,6 +226,20 @@ def test_bad_config_is_named(sizes, message):
         NSAConfig(**{"stride": 4, "block": 8, "select_block": 8, **sizes})
 
 
+def test_parts_hold_every_head_dim():
+    from plumbline.kernels.nsa.triton_backend.common import pad_dim
+    from plumbline.kernels.nsa.triton_backend.parts import widths
+
+    assert [widths(dim) for dim in (192, 160, 128, 96, 80, 72)] == [
+        (128, 64), (128, 32), (128, 0), (64, 32), (64, 16), (64, 16)
+    ]  # fmt: skip
+    for dim in range(1, 257):
+        first, second = widths(dim)
+        assert first + second >= dim, dim
+        assert all(n & (n - 1) == 0 and n >= 16 for n in (first, second) if n), dim
+        assert first + second < pad_dim(dim) if second else first == pad_dim(dim), dim
+
+
 @pytest.mark.parametrize(("dk", "dv"), [(16, 12), (192, 128), (136, 16)])
 def test_triton_tiles_through_descriptors(definition, monkeypatch, dk, dv):
     """What bfloat16 uses on a GPU: tensor descriptors instead of pointers, here in float32 under the interpreter."""

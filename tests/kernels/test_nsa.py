@@ -27,6 +27,11 @@ TORCH_CASES = {
     "no local": ([64], 2, 1, 16, 16, NSAConfig(8, 4, 8, 3, 1, 0, 16, scale=0.3)),
 }
 TRITON_CASES = {name: TORCH_CASES[name] for name in ("short", "group7", "wide", "no local")}
+# Head dims that are worked in parts: 128 + 64, 64 + 16, 64 + 32, and a second part that is not full.
+TRITON_CASES["paper"] = ([37, 0, 20], 4, 1, 192, 128, SMALL)
+TRITON_CASES["dim 80"] = ([21, 40], 4, 2, 80, 80, SMALL)
+TRITON_CASES["dim 96"] = ([33], 3, 1, 96, 96, SMALL)
+TRITON_CASES["dim 140"] = ([50], 2, 1, 140, 24, SMALL)
 TRITON_CASES["odd block"] = ([61], 3, 1, 16, 24, NSAConfig(6, 2, 6, 4, 1, 2, 9, phi="mean"))
 
 
@@ -221,7 +226,22 @@ def test_bad_config_is_named(sizes, message):
         NSAConfig(**{"stride": 4, "block": 8, "select_block": 8, **sizes})
 
 
-def test_triton_tiles_through_descriptors(definition, monkeypatch):
+def test_parts_hold_every_head_dim():
+    from plumbline.kernels.nsa.triton_backend.common import pad_dim
+    from plumbline.kernels.nsa.triton_backend.parts import widths
+
+    assert [widths(dim) for dim in (192, 160, 128, 96, 80, 72)] == [
+        (128, 64), (128, 32), (128, 0), (64, 32), (64, 16), (64, 16)
+    ]  # fmt: skip
+    for dim in range(1, 257):
+        first, second = widths(dim)
+        assert first + second >= dim, dim
+        assert all(n & (n - 1) == 0 and n >= 16 for n in (first, second) if n), dim
+        assert first + second < pad_dim(dim) if second else first == pad_dim(dim), dim
+
+
+@pytest.mark.parametrize(("dk", "dv"), [(16, 12), (192, 128), (136, 16)])
+def test_triton_tiles_through_descriptors(definition, monkeypatch, dk, dv):
     """What bfloat16 uses on a GPU: tensor descriptors instead of pointers, here in float32 under the interpreter."""
     from dataclasses import replace
 
@@ -238,10 +258,10 @@ def test_triton_tiles_through_descriptors(definition, monkeypatch):
 
     for name in ("forward_tiles", "query_tiles", "key_tiles"):
         plain = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda x, group, plain=plain: replace(plain(x, group), tma=True))
+        monkeypatch.setattr(launch, name, lambda x, dv, group, plain=plain: replace(plain(x, dv, group), tma=True))
     for name in ("key_descriptor", "query_descriptor"):
         monkeypatch.setattr(launch, name, count(getattr(launch, name)))
-    check(definition, ([45, 0, 21], 4, 2, 16, 12, SMALL), "triton", 1e-5, seed=11)
+    check(definition, ([45, 0, 21], 4, 2, dk, dv, SMALL), "triton", 1e-5, seed=11)
     assert used
     assert all(used)
 

@@ -80,21 +80,21 @@ class Tiles:
         return {**options, "maxnreg": self.registers} if self.registers else options
 
 
-def key_descriptor(x: Tensor, keys: int) -> TensorDescriptor | None:
-    """Descriptor of tiles [keys, padded D] over keys or values [rows, H, D]; None where their layout has none."""
+def key_descriptor(x: Tensor, keys: int, columns: int) -> TensorDescriptor | None:
+    """Descriptor of tiles [keys, columns] over keys or values [rows, H, D]; None where their layout has none."""
     rows, heads, dim = x.shape
     if rows == 0 or x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16 or (heads > 1 and x.stride(1) != dim):
         return None
-    return TensorDescriptor(x, [rows, heads * dim], [x.stride(0), 1], [keys, pad_dim(dim)])
+    return TensorDescriptor(x, [rows, heads * dim], [x.stride(0), 1], [keys, columns])
 
 
-def query_descriptor(x: Tensor, queries: int, group: int) -> TensorDescriptor | None:
-    """Descriptor of tiles [queries, group, padded D] over [T, Hq, D]."""
+def query_descriptor(x: Tensor, queries: int, group: int, columns: int) -> TensorDescriptor | None:
+    """Descriptor of tiles [queries, group, columns] over [T, Hq, D]."""
     if queries & (queries - 1) or group & (group - 1) or x.data_ptr() % 16:
         return None
     if any(stride * x.element_size() % 16 for stride in x.stride()[:2]):
         return None
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [queries, group, pad_dim(x.shape[2])])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [queries, group, columns])
 
 
 def exact(dtype: torch.dtype) -> bool:

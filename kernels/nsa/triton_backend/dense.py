@@ -8,7 +8,7 @@ for the whole group and no group is padded. What a query at position t sees, by 
     FORCED   tokens of the first `initial` and the newest `local` selection blocks, up to t
     INITIAL  (keys' gradients only) the first `initial` selection blocks, up to t
 
-Logits are kept in units of log 2.
+Logits are kept in units of log 2. Queries, keys and their gradients are tuples of one or two tiles (parts.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plumbline.kernels.nsa.triton_backend.common import load_all, load_rows, store_rows
+from plumbline.kernels.nsa.triton_backend.common import load_rows, store_rows
+from plumbline.kernels.nsa.triton_backend.parts import (
+    add_dot_parts,
+    add_parts,
+    dot_parts,
+    load_key_tile,
+    load_keys,
+    load_queries,
+    load_query_tile,
+    load_row_parts,
+    scale_parts,
+    store_row_parts,
+    zero_parts,
+)
 
 CMP, WIN, FORCED, INITIAL = 0, 1, 2, 3
 
@@ -59,43 +72,9 @@ def query_range(first, last, length, KIND: tl.constexpr, A: tl.constexpr, B: tl.
 
 
 @triton.jit
-def load_keys(
-    source, first, c, keys, start, head, stride_t, stride_h,
-    ALL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows first + c of one head of keys or values; ALL: none is past the end.
-
-    TMA: source is a descriptor over [rows, heads D]. What it reads past the end or past D belongs to neighbours and
-    meets a probability, or a column of the queries, of zero.
-    """
-    if TMA:
-        tile = source.load([start + first, head * D])
-    else:
-        at = (start + first + c).to(tl.int64) * stride_t + head * stride_h
-        if ALL:
-            tile = load_all(source, at, D, BLOCK)
-        else:
-            tile = load_rows(source, at, first + c < keys, D, BLOCK)
-    return tile
-
-
-@triton.jit
-def load_queries(
-    source, first, row, ok, head, group_head, stride_t, stride_h,
-    TMA: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """[QUERIES GROUP, BLOCK]: all heads of a group for consecutive queries. TMA: a descriptor over [T, Hq, D]."""
-    if TMA:
-        tile = tl.reshape(source.load([first, group_head, 0]), [QUERIES * GROUP, BLOCK])
-    else:
-        tile = load_rows(source, row * stride_t + head * stride_h, ok, D, BLOCK)
-    return tile
-
-
-@triton.jit
 def attend(q, acc, m, denominator, k, v, scale, low, high, columns, MASKED: tl.constexpr, PREC: tl.constexpr):
     """One step of the running softmax over a tile of keys."""
-    s = tl.dot(q, tl.trans(k), input_precision=PREC)
+    s = dot_parts(q, k, PREC)
     if MASKED:
         s = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None]), s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 1) * scale)
@@ -112,10 +91,10 @@ def attend(q, acc, m, denominator, k, v, scale, low, high, columns, MASKED: tl.c
 
 @triton.jit
 def forward_section(
-    q, acc, m, denominator, k_ptr, v_ptr, t, first, last, key_start, keys, kv_head, scale, k_t, k_h, v_t, v_h,
+    q, acc, m, denominator, k_ptr, k2_ptr, v_ptr, t, first, last, key_start, keys, kv_head, scale, k_t, k_h, v_t, v_h,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
-    TMA: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr,
+    PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (acc, m, denominator) of a tile of queries over all keys that they see by KIND."""
     low, high = key_range(t, KIND, A, B)
@@ -125,34 +104,34 @@ def forward_section(
     if KIND == 2:
         edge = tl.minimum(tl.minimum(low, INIT), high)
         for j in range(0, tl.minimum(low_last, INIT), KEYS):
-            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
-            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
+            k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK, BK2)
+            v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low * 0, edge, j + c, True, PREC)
     # Keys that only some queries of the tile see lie at both ends; between them no mask is needed.
     head_end = low_first + tl.cdiv(tl.maximum(low_last - low_first, 0), KEYS) * KEYS
     body_end = head_end + tl.maximum(high_first - head_end, 0) // KEYS * KEYS
     if KIND != 0:
         for j in range(low_first, head_end, KEYS):
-            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
-            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
+            k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK, BK2)
+            v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, True, PREC)
     for j in range(head_end, body_end, KEYS):
-        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, True, TMA, DK, BK)
-        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, True, TMA, DV, BV)
+        k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, True, TMA, DK, BK, BK2)
+        v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, True, TMA, DV, BV)
         acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, False, PREC)
     for j in range(body_end, high_last, KEYS):
-        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
-        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
+        k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK, BK2)
+        v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
         acc, m, denominator = attend(q, acc, m, denominator, k, v, scale, low, high, j + c, True, PREC)
     return acc, m, denominator
 
 
 @triton.jit
 def forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale,
+    q_ptr, k_ptr, k2_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, heads,
     GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out [T, Hq, Dv] and lse [T, Hq] (log 2) of one tile; INIT: tokens of the initial blocks (FORCED)."""
@@ -169,13 +148,13 @@ def forward(
     ok = (r // GROUP < QUERIES) & (t < end)
     head = kv_head * GROUP + r % GROUP
     row = (start + t).to(tl.int64)
-    q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
+    q = load_row_parts(q_ptr, row * q_t + head * q_h, ok, DK, BK, BK2)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BV], tl.float32)
     acc, m, denominator = forward_section(
-        q, acc, m, denominator, k_ptr, v_ptr, t, first, end - 1, key_start, keys, kv_head, scale, k_t, k_h, v_t, v_h,
-        KIND, A, B, INIT, DK, DV, BK, BV, KEYS, PREC, TMA,
+        q, acc, m, denominator, k_ptr, k2_ptr, v_ptr, t, first, end - 1, key_start, keys, kv_head, scale, k_t, k_h,
+        v_t, v_h, KIND, A, B, INIT, DK, DV, BK, BK2, BV, KEYS, PREC, TMA,
     )  # fmt: skip
     acc = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
     store_rows(out_ptr, (row * heads + head) * DV, ok, acc, DV, BV)
@@ -191,7 +170,7 @@ def queries_step(
 
     TOTAL: also adds the logits' gradients of a row to total [rows].
     """
-    s = tl.dot(q, tl.trans(k), input_precision=PREC)
+    s = dot_parts(q, k, PREC)
     p = tl.exp2(s * scale - shift[:, None])
     if MASKED:
         p = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None]), p, 0.0)
@@ -199,23 +178,23 @@ def queries_step(
     ds = p * (dp - dot[:, None])
     if TOTAL:
         total += tl.sum(ds, 1)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC), total
+    return add_dot_parts(ds.to(k[0].dtype), k, dq, PREC), total
 
 
 @triton.jit
 def queries_section(
-    q, do, dq, k_ptr, v_ptr, shift_ptr, dot_ptr, flat, ok, t, first, last, key_start, keys, kv_head, scale, k_t, k_h,
-    v_t, v_h,
+    q, do, dq, k_ptr, k2_ptr, v_ptr, shift_ptr, dot_ptr, flat, ok, t, first, last, key_start, keys, kv_head, scale,
+    k_t, k_h, v_t, v_h,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
-    TMA: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr,
+    PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries through all keys that they see by KIND, added to dq.
 
     CMP: also the sums [rows] of the logits' gradients (zeros otherwise).
     """
     TOTAL: tl.constexpr = KIND == 0
-    total = tl.zeros([q.shape[0]], tl.float32)
+    total = tl.zeros([q[0].shape[0]], tl.float32)
     shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
     dot = tl.load(dot_ptr + flat, mask=ok, other=0.0)
     low, high = key_range(t, KIND, A, B)
@@ -225,23 +204,23 @@ def queries_section(
     if KIND == 2:
         edge = tl.minimum(tl.minimum(low, INIT), high)
         for j in range(0, tl.minimum(low_last, INIT), KEYS):
-            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
-            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
+            k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK, BK2)
+            v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low * 0, edge, j + c, True, TOTAL, PREC)
     head_end = low_first + tl.cdiv(tl.maximum(low_last - low_first, 0), KEYS) * KEYS
     body_end = head_end + tl.maximum(high_first - head_end, 0) // KEYS * KEYS
     if KIND != 0:
         for j in range(low_first, head_end, KEYS):
-            k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
-            v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
+            k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK, BK2)
+            v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
             dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low, high, j + c, True, TOTAL, PREC)
     for j in range(head_end, body_end, KEYS):
-        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, True, TMA, DK, BK)
-        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, True, TMA, DV, BV)
+        k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, True, TMA, DK, BK, BK2)
+        v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, True, TMA, DV, BV)
         dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low, high, j + c, False, TOTAL, PREC)
     for j in range(body_end, high_last, KEYS):
-        k = load_keys(k_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK)
-        v = load_keys(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
+        k = load_keys(k_ptr, k2_ptr, j, c, keys, key_start, kv_head, k_t, k_h, False, TMA, DK, BK, BK2)
+        v = load_key_tile(v_ptr, j, c, keys, key_start, kv_head, v_t, v_h, False, TMA, DV, BV)
         dq, total = queries_step(q, do, dq, total, k, v, scale, shift, dot, low, high, j + c, True, TOTAL, PREC)
     return dq, total
 
@@ -249,15 +228,15 @@ def queries_section(
 @triton.jit
 def backward_queries(
     q_ptr, do_ptr, dq_ptr, tiles_ptr, natural_scale, scale, q_t, q_h, heads,
-    kc_ptr, vc_ptr, shift_c, dot_c, kc_t, kc_h, vc_t, vc_h,
-    ks_ptr, vs_ptr, shift_s, dot_s, ks_t, ks_h, vs_t, vs_h,
-    kw_ptr, vw_ptr, shift_w, dot_w, kw_t, kw_h, vw_t, vw_h,
+    kc_ptr, kc2_ptr, vc_ptr, shift_c, dot_c, kc_t, kc_h, vc_t, vc_h,
+    ks_ptr, ks2_ptr, vs_ptr, shift_s, dot_s, ks_t, ks_h, vs_t, vs_h,
+    kw_ptr, kw2_ptr, vw_ptr, shift_w, dot_w, kw_t, kw_h, vw_t, vw_h,
     pairs_ptr, indices_ptr, pairs_first, total_ptr,
     GROUP: tl.constexpr, HAS_CMP: tl.constexpr, SLC: tl.constexpr, HAS_WIN: tl.constexpr, COUNT: tl.constexpr,
     SKIP: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, LOCAL: tl.constexpr, INITIAL_BLOCKS: tl.constexpr,
     W: tl.constexpr, WHOLE: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries through every branch in one pass, and what the gradients of a query's logits over the
@@ -277,65 +256,79 @@ def backward_queries(
     row = (start + t).to(tl.int64)
     flat = row * heads + head
     last = end - 1
-    q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
+    q = load_row_parts(q_ptr, row * q_t + head * q_h, ok, DK, BK, BK2)
     do = load_rows(do_ptr, flat * DV, ok, DV, BV)
-    dq = tl.zeros([ROWS, BK], tl.float32)
+    dq = zero_parts(ROWS, DK, BK, BK2)
     if HAS_CMP:
         key_start, keys = tl.load(tile + 4), tl.load(tile + 5)
-        dq, total = queries_section(q, do, dq, kc_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last, key_start,
-                                    keys, kv_head, scale,
-                                    kc_t, kc_h, vc_t, vc_h, 0, L, D, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        dq, total = queries_section(q, do, dq, kc_ptr, kc2_ptr, vc_ptr, shift_c, dot_c, flat, ok, t, first, last,
+                                    key_start, keys, kv_head, scale, kc_t, kc_h, vc_t, vc_h, 0, L, D, 0,
+                                    DK, DV, BK, BK2, BV, KEYS, PREC, TMA)  # fmt: skip
         tl.store(total_ptr + flat, total, mask=ok)
     if SLC == 1:
-        dq, _ = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
-                                kv_head, scale,
+        dq, _ = queries_section(q, do, dq, ks_ptr, ks2_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start,
+                                length, kv_head, scale,
                                 ks_t, ks_h, vs_t, vs_h, 2, S, LOCAL, INITIAL_BLOCKS * S,
-                                DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+                                DK, DV, BK, BK2, BV, KEYS, PREC, TMA)  # fmt: skip
     if SLC == 3:
-        dq, _ = queries_section(q, do, dq, ks_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start, length,
-                                kv_head, scale,
-                                ks_t, ks_h, vs_t, vs_h, 1, WHOLE, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        dq, _ = queries_section(q, do, dq, ks_ptr, ks2_ptr, vs_ptr, shift_s, dot_s, flat, ok, t, first, last, start,
+                                length, kv_head, scale, ks_t, ks_h, vs_t, vs_h, 1, WHOLE, 0, 0,
+                                DK, DV, BK, BK2, BV, KEYS, PREC, TMA)  # fmt: skip
     if HAS_WIN:
-        dq, _ = queries_section(q, do, dq, kw_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start, length,
-                                kv_head, scale,
-                                kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0, DK, DV, BK, BV, KEYS, PREC, TMA)  # fmt: skip
+        dq, _ = queries_section(q, do, dq, kw_ptr, kw2_ptr, vw_ptr, shift_w, dot_w, flat, ok, t, first, last, start,
+                                length, kv_head, scale, kw_t, kw_h, vw_t, vw_h, 1, W, 0, 0,
+                                DK, DV, BK, BK2, BV, KEYS, PREC, TMA)  # fmt: skip
     if (SLC == 1) or (SLC == 2):
         kv_heads = heads // GROUP
         list_at = (row * kv_heads + kv_head) * COUNT
         pair_at = ((row - pairs_first) * kv_heads + kv_head) * COUNT
         own = t // S
         # Summed apart: an accumulator of dots would have every part change its layout through shared memory.
-        parts = tl.zeros([ROWS, BK], tl.float32)
+        parts = zero_parts(ROWS, DK, BK, BK2)
         for slot in range(COUNT):
             j = tl.load(indices_ptr + list_at + slot, mask=ok, other=-1)
             use = ok & (j >= 0) & (j <= own)
             if SKIP:
                 use = use & (j >= INITIAL_BLOCKS) & (j <= own - LOCAL)
-            parts += load_rows(pairs_ptr, ((pair_at + slot) * GROUP + r % GROUP) * DK, use, DK, BK).to(tl.float32)
-        dq += parts
-    store_rows(dq_ptr, flat * DK, ok, dq * natural_scale, DK, BK)
+            part = load_row_parts(pairs_ptr, ((pair_at + slot) * GROUP + r % GROUP) * DK, use, DK, BK, BK2)
+            parts = add_parts(parts, part)
+        dq = add_parts(dq, parts)
+    store_row_parts(dq_ptr, flat * DK, ok, scale_parts(dq, natural_scale), DK, BK, BK2)
 
 
 @triton.jit
 def keys_step(k, v, dk, dv, q, do, scale, shift, dot, visible, MASKED: tl.constexpr, PREC: tl.constexpr):
     """Adds a tile of queries to the gradients of a tile of keys and values; everything transposed [keys, rows]."""
-    s = tl.dot(k, tl.trans(q), input_precision=PREC)
+    s = dot_parts(k, q, PREC)
     p = tl.exp2(s * scale - shift[None, :])
     if MASKED:
         p = tl.where(visible, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
     dp = tl.dot(v, tl.trans(do), input_precision=PREC)
     ds = p * (dp - dot[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PREC)
+    dk = add_dot_parts(ds.to(q[0].dtype), q, dk, PREC)
     return dk, dv
 
 
 @triton.jit
+def flat_rows(t, row, heads, g, BK2: tl.constexpr):
+    """Where head g of packed token t, in int64 row, lies in [T, Hq].
+
+    Two tiles of keys leave few registers: in 32 bits (of arrays with 2^31 numbers, the queries would not fit a card).
+    """
+    if BK2 == 0:
+        flat = row * heads + g
+    else:
+        flat = t * heads + g
+    return flat
+
+
+@triton.jit
 def backward_keys(
-    q_ptr, do_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, shift_ptr, dot_ptr, tiles_ptr, natural_scale, scale,
+    q_ptr, q2_ptr, do_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, shift_ptr, dot_ptr, tiles_ptr, natural_scale, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, heads, total_keys,
     GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values over one part of the queries: dk, dv [SPLITS, total_keys, Hkv, D].
@@ -357,9 +350,9 @@ def backward_keys(
     column = key_first + tl.arange(0, KEYS)
     key_ok = column < keys
     at = (key_start + column).to(tl.int64)
-    k = load_rows(k_ptr, at * k_t + kv_head * k_h, key_ok, DK, BK)
+    k = load_row_parts(k_ptr, at * k_t + kv_head * k_h, key_ok, DK, BK, BK2)
     v = load_rows(v_ptr, at * v_t + kv_head * v_h, key_ok, DV, BV)
-    dk = tl.zeros([KEYS, BK], tl.float32)
+    dk = zero_parts(KEYS, DK, BK, BK2)
     dv = tl.zeros([KEYS, BV], tl.float32)
     r = tl.arange(0, ROWS)
     g = kv_head * GROUP + r % GROUP
@@ -374,9 +367,11 @@ def backward_keys(
         t = first + r // GROUP
         ok = (r // GROUP < QUERIES) & (t < high)
         row = (start + t).to(tl.int64)
-        flat = row * heads + g
-        q = load_queries(q_ptr, start + first, row, ok, g, kv_head * GROUP, q_t, q_h, TMA, QUERIES, GROUP, DK, BK)
-        do = load_queries(
+        flat = flat_rows(start + t, row, heads, g, BK2)
+        q = load_queries(
+            q_ptr, q2_ptr, start + first, row, ok, g, kv_head * GROUP, q_t, q_h, TMA, QUERIES, GROUP, DK, BK, BK2
+        )
+        do = load_query_tile(
             do_ptr, start + first, row, ok, g, kv_head * GROUP, heads * DV, DV, TMA, QUERIES, GROUP, DV, BV
         )
         shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
@@ -391,9 +386,11 @@ def backward_keys(
         t = first + r // GROUP
         ok = (r // GROUP < QUERIES) & (t < high)
         row = (start + t).to(tl.int64)
-        flat = row * heads + g
-        q = load_queries(q_ptr, start + first, row, ok, g, kv_head * GROUP, q_t, q_h, TMA, QUERIES, GROUP, DK, BK)
-        do = load_queries(
+        flat = flat_rows(start + t, row, heads, g, BK2)
+        q = load_queries(
+            q_ptr, q2_ptr, start + first, row, ok, g, kv_head * GROUP, q_t, q_h, TMA, QUERIES, GROUP, DK, BK, BK2
+        )
+        do = load_query_tile(
             do_ptr, start + first, row, ok, g, kv_head * GROUP, heads * DV, DV, TMA, QUERIES, GROUP, DV, BV
         )
         shift = tl.load(shift_ptr + flat, mask=ok, other=float("inf"))
@@ -403,5 +400,5 @@ def backward_keys(
     if KIND == 3:
         at = (tl.load(tile + 4) + column).to(tl.int64)
     to = (split.to(tl.int64) * total_keys + at) * kv_heads + kv_head
-    store_rows(dk_ptr, to * DK, key_ok, dk * natural_scale, DK, BK)
+    store_row_parts(dk_ptr, to * DK, key_ok, scale_parts(dk, natural_scale), DK, BK, BK2)
     store_rows(dv_ptr, to * DV, key_ok, dv, DV, BV)

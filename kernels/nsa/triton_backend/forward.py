@@ -13,6 +13,7 @@ from plumbline.kernels.nsa.triton_backend import launch, mix, pairs, tables
 from plumbline.kernels.nsa.triton_backend.common import LOG2E, pad_dim, precision
 from plumbline.kernels.nsa.triton_backend.launch import Range, Selection, dense_forward, forced_blocks
 from plumbline.kernels.nsa.triton_backend.listing import PairList
+from plumbline.kernels.nsa.triton_backend.parts import widths
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,18 @@ class PairParts:
         self.out = torch.empty(*sizes, v.shape[2], dtype=q.dtype, device=q.device)
         self.lse = torch.empty(*sizes, dtype=torch.float32, device=q.device)
         self.blocks = tables.selection_table(layout, self.select_block)
-        self.size = launch.pair_tiles(q, self.group, self.select_block, False)
+        self.size = launch.pair_tiles(q, v.shape[2], self.group, self.select_block, False)
         self.items = listed.items(8 * (self.size.rows // self.group))
 
     def fill(self, number: int) -> None:
         """With the pairs of chunk `number`."""
         q, k, v, size, items = self.q, self.k, self.v, self.size, self.items.items[number]
+        bk, bk2 = widths(k.shape[2])
         pairs.forward_pairs[(len(items),)](
             q, k, v, self.out, self.lse, items, self.listed.pairs, self.blocks, self.scale * LOG2E,
             number * self.listed.chunk, len(self.blocks), q.stride(0), q.stride(1), k.stride(0), k.stride(1),
             v.stride(0), v.stride(1), KV_HEADS=k.shape[1], COUNT=self.count, GROUP=self.group, S=self.select_block,
-            DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]), BV=pad_dim(v.shape[2]), ROWS=size.rows,
+            DK=k.shape[2], DV=v.shape[2], BK=bk, BK2=bk2, BV=pad_dim(v.shape[2]), ROWS=size.rows,
             KEYS=size.keys, PREC=precision(q.dtype), **size.launch,
         )  # fmt: skip
 

@@ -25,6 +25,7 @@ from plumbline.kernels.nsa.triton_backend.common import (
 )
 from plumbline.kernels.nsa.triton_backend.dense import CMP, FORCED, INITIAL, WIN
 from plumbline.kernels.nsa.triton_backend.listing import Items, PairList, list_pairs
+from plumbline.kernels.nsa.triton_backend.parts import narrow_widths, widths
 
 # Bytes of partial outputs (forward) or partial query gradients (backward) of the selected branch held at once.
 PAIR_BYTES = 2**31
@@ -61,9 +62,18 @@ class Range:
         return (self.a, self.b) if self.kind == CMP else (1, 1)
 
 
-def forward_tiles(x: Tensor, group: int) -> Tiles:
+def two_parts(dk: int, dv: int) -> bool:
+    """Whether keys are a tile of 128 columns and a narrower one, and values fit 128 columns."""
+    first, second = widths(dk)
+    return first == 128 and second > 0 and pad_dim(dv) <= 128
+
+
+def forward_tiles(x: Tensor, dv: int, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(fit_rows(32, group), 32, 4, 1)
+    if two_parts(x.shape[-1], dv):
+        # Few keys, so that two tiles fit a multiprocessor here too.
+        return Tiles(fit_rows(128, group), 32, 8, 3, tma=True, registers=128)
     if pad_dim(x.shape[-1]) > 128:
         return Tiles(fit_rows(128, group), 64, 8, 2, tma=True)
     if pad_dim(x.shape[-1]) <= 64:
@@ -72,17 +82,20 @@ def forward_tiles(x: Tensor, group: int) -> Tiles:
     return Tiles(fit_rows(128, group), 64, 8, 2, tma=True, registers=128)
 
 
-def query_tiles(x: Tensor, group: int) -> Tiles:
+def query_tiles(x: Tensor, dv: int, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(fit_rows(32, group), 32, 4, 1)
-    if pad_dim(x.shape[-1]) > 128:
+    if pad_dim(x.shape[-1]) > 128 and not two_parts(x.shape[-1], dv):
         return Tiles(fit_rows(64, group), 32, 4, 2, tma=True)
     return Tiles(fit_rows(64, group), 64 if pad_dim(x.shape[-1]) <= 64 else 32, 4, 3, tma=True)
 
 
-def key_tiles(x: Tensor, group: int) -> Tiles:
+def key_tiles(x: Tensor, dv: int, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(fit_rows(16, group), 32, 4, 1)
+    if two_parts(x.shape[-1], dv) and group <= 64:
+        # 128 keys, since 8 warps would do products of 64 rows twice; of queries as many as leave the loops unspilled.
+        return Tiles(fit_rows(32, group), 128, 8, 3, tma=True)
     if pad_dim(x.shape[-1]) > 128:
         return Tiles(fit_rows(32, group), 64, 8, 2, tma=True)
     if pad_dim(x.shape[-1]) <= 64:
@@ -90,41 +103,53 @@ def key_tiles(x: Tensor, group: int) -> Tiles:
     return Tiles(fit_rows(64, group), 128, 8, 3, tma=True)
 
 
-def pair_tiles(x: Tensor, group: int, select_block: int, backward: bool) -> Tiles:
+def pair_tiles(x: Tensor, dv: int, group: int, select_block: int, backward: bool) -> Tiles:
     keys = max(16, triton.next_power_of_2(select_block))
     if exact(x.dtype):
         return Tiles(fit_rows(16, group), keys, 4, 1)
-    if pad_dim(x.shape[-1]) > 128 or keys > 64:
+    wide = two_parts(x.shape[-1], dv)
+    if keys > 64 or (pad_dim(x.shape[-1]) > 128 and not wide):
         return Tiles(fit_rows(32 if backward else 64, group), keys, 8, 2)
     small = pad_dim(x.shape[-1]) <= 64
     if backward:
         return Tiles(fit_rows(128, group), keys, 4 if small else 8, 2)
-    return Tiles(fit_rows(64, group), keys, 4, 1, registers=None if small else 128)
+    return Tiles(fit_rows(64, group), keys, 4, 1, registers=None if small or wide else 128)
 
 
-def key_sources(xs: Sequence[Tensor], size: Tiles) -> list[TensorDescriptor] | None:
-    """Descriptors of these keys and values, None where plain pointers must do."""
-    made = [key_descriptor(x, size.keys) for x in xs] if size.tma else [None]
-    found = [x for x in made if x is not None]
-    return found if len(found) == len(xs) else None
+# What a kernel reads keys and values from: keys, the second part of wide keys (parts.py), values.
+Sources = tuple[Tensor | TensorDescriptor, TensorDescriptor | None, Tensor | TensorDescriptor]
+
+
+def key_sources(kvs: Sequence[tuple[Tensor, Tensor]], size: Tiles) -> tuple[list[Sources], bool]:
+    """Sources of these keys and values, and whether they are descriptors: those of all or of none."""
+    plain: list[Sources] = [(k, None, v) for k, v in kvs]
+    if not size.tma:
+        return plain, False
+    made: list[Sources] = []
+    for k, v in kvs:
+        bk, bk2 = widths(k.shape[2])
+        first, values = key_descriptor(k, size.keys, bk), key_descriptor(v, size.keys, pad_dim(v.shape[2]))
+        if first is None or values is None:
+            return plain, False
+        made.append((first, key_descriptor(k, size.keys, bk2) if bk2 else None, values))
+    return made, True
 
 
 def dense_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, reach: Range, scale: float) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, Dv], lse [T, Hq] float32 in log 2)."""
     tokens, heads, dk = q.shape
     group, dv = heads // k.shape[1], v.shape[2]
-    size = forward_tiles(q, group)
+    size = forward_tiles(q, dv, group)
     tiles = tables.query_tiles(layout, size.rows // group, *reach.blocks)[0]
     out = torch.empty(tokens, heads, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    sources = key_sources((k, v), size)
-    tma = sources is not None
+    (sources,), tma = key_sources([(k, v)], size)
+    bk, bk2 = widths(dk)
     dense.forward[(len(tiles), k.shape[1])](
-        q, *(sources or (k, v)), out, lse, tiles, scale * LOG2E, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        q, *sources, out, lse, tiles, scale * LOG2E, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), heads,
-        GROUP=group, KIND=reach.kind, A=reach.a, B=reach.b, INIT=reach.initial, DK=dk, DV=dv, BK=pad_dim(dk),
-        BV=pad_dim(dv),
-        ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=tma, **size.launch,
+        GROUP=group, KIND=reach.kind, A=reach.a, B=reach.b, INIT=reach.initial, DK=dk, DV=dv, BK=bk, BK2=bk2,
+        BV=pad_dim(dv), ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=tma, **size.launch,
     )  # fmt: skip
     return out, lse
 
@@ -135,23 +160,28 @@ def dense_keys_backward(
     """Gradients (dk, dv) in float32. Of FORCED too, initial blocks included."""
     heads = q.shape[1]
     group = heads // k.shape[1]
-    size = key_tiles(q, group)
+    size = key_tiles(q, v.shape[2], group)
+    bk, bk2 = widths(k.shape[2])
 
     def launch(kind: int, tiles: Tensor, splits: int, keys: int) -> tuple[Tensor, Tensor]:
         dk, dv = (
             torch.empty(splits, keys, x.shape[1], x.shape[2], dtype=torch.float32, device=q.device) for x in (k, v)
         )
         if len(tiles):
-            queries = size.rows // group
-            made = [query_descriptor(x, queries, group) for x in (q, do)] if size.tma else [None]
+            queries, dv_columns = size.rows // group, pad_dim(v.shape[2])
+            made = (
+                [query_descriptor(x, queries, group, n) for x, n in ((q, bk), (do, dv_columns))] if size.tma else [None]
+            )
             tma = None not in made
+            second = query_descriptor(q, queries, group, bk2) if tma and bk2 else None
+            first_q, of_do = made if tma else (q, do)
             dense.backward_keys[(len(tiles), k.shape[1], splits)](
-                *(made if tma else (q, do)), k, v, dk, dv, shift, dot, tiles, scale, scale * LOG2E, q.stride(0),
+                first_q, second, of_do, k, v, dk, dv, shift, dot, tiles, scale, scale * LOG2E, q.stride(0),
                 q.stride(1),
                 k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads, keys, GROUP=group, KIND=kind, A=reach.a,
-                B=reach.b, INIT=reach.initial, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]),
-                BV=pad_dim(v.shape[2]),
-                ROWS=size.rows, KEYS=size.keys, SPLITS=splits, PREC=precision(q.dtype), TMA=tma, **size.launch,
+                B=reach.b, INIT=reach.initial, DK=k.shape[2], DV=v.shape[2], BK=bk, BK2=bk2,
+                BV=dv_columns, ROWS=size.rows, KEYS=size.keys, SPLITS=splits, PREC=precision(q.dtype), TMA=tma,
+                **size.launch,
             )  # fmt: skip
         return dk, dv
 
@@ -231,10 +261,10 @@ class Branch:
             missed = torch.where(self.gate > 0, missed / self.gate, 0.0)
         return replace(self, dot=self.dot + missed)
 
-    def arguments(self, sources: Sequence[TensorDescriptor] | None) -> list[object]:
-        """Of the kernel, keys and values by descriptor if given."""
+    def arguments(self, sources: Sources) -> list[object]:
+        """Of the kernel, keys and values by these sources."""
         k, v = self.k, self.v
-        return [*(sources or (k, v)), self.shift, self.dot, k.stride(0), k.stride(1), v.stride(0), v.stride(1)]
+        return [*sources, self.shift, self.dot, k.stride(0), k.stride(1), v.stride(0), v.stride(1)]
 
 
 def backward(
@@ -272,30 +302,27 @@ def backward(
     part = torch.empty(chunk if listed else 0, kv_heads, count, group, dk, dtype=q.dtype, device=q.device)
     dq = torch.empty(tokens, heads, dk, dtype=dq_type or q.dtype, device=q.device)
     total = torch.empty(tokens if cmp else 0, heads, dtype=torch.float32, device=q.device)
-    size = query_tiles(q, group)
+    size = query_tiles(q, dv, group)
+    bk, bk2 = widths(dk)
     reach_c = cmp[1] if cmp else Range(CMP, 1)
     tiles = tables.query_tiles(layout, size.rows // group, *reach_c.blocks, chunk)
     initial, local = forced_blocks(selection.forced)
     s = selection.select_block
-    items = listed.items(16 * max(8, pair_tiles(q, group, s, True).rows // group)) if listed else None
+    items = listed.items(16 * max(8, pair_tiles(q, dv, group, s, True).rows // group)) if listed else None
     for number, first in enumerate(range(0, tokens, chunk)):
         if slc and listed and items:
             _pairs_backward(q, do, slc[0], layout, s, listed, items, number, first, count, part, grads["slc"], scale)
         branches = [(branch or (some,))[0] for branch in (cmp, slc, win)]
-        sources = key_sources([x for branch in branches for x in (branch.k, branch.v)], size)
-        arguments = [
-            x
-            for i, branch in enumerate(branches)
-            for x in branch.arguments(sources[2 * i : 2 * i + 2] if sources else None)
-        ]
+        sources, tma = key_sources([(branch.k, branch.v) for branch in branches], size)
+        arguments = [x for branch, of in zip(branches, sources, strict=True) for x in branch.arguments(of)]
         dense.backward_queries[(len(tiles[number]), kv_heads)](
             q, do, dq, tiles[number], scale, scale * LOG2E, q.stride(0), q.stride(1), heads, *arguments, part,
             selection.indices if listed else tiles[number], first, total, GROUP=group, HAS_CMP=cmp is not None,
             SLC=mode, HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b,
             S=selection.select_block, LOCAL=local,
             INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WHOLE=max(layout.longest, 1), DK=dk, DV=dv,
-            BK=pad_dim(dk), BV=pad_dim(dv),
-            ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=sources is not None, **size.launch,
+            BK=bk, BK2=bk2, BV=pad_dim(dv),
+            ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=tma, **size.launch,
         )  # fmt: skip
     del part  # Room for the parts of the compressed keys' gradients.
     if cmp:
@@ -321,7 +348,8 @@ def _pairs_backward(
     """Fills part with the query gradients of a chunk's pairs and adds their key and value gradients to totals."""
     k, v = branch.k, branch.v
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    size = pair_tiles(q, group, s, True)
+    size = pair_tiles(q, v.shape[2], group, s, True)
+    bk, bk2 = narrow_widths(k.shape[2])
     items, first_extra = work.items[number], work.first_extra[number]
     extra_k, extra_v = (torch.empty(work.extra, s, x.shape[2], dtype=torch.float32, device=q.device) for x in (k, v))
     blocks = tables.selection_table(layout, s)
@@ -329,7 +357,7 @@ def _pairs_backward(
         q, do, k, v, branch.shift, branch.dot, part, *totals, extra_k, extra_v, items, listed.pairs, blocks, scale,
         scale * LOG2E, first, len(blocks),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), KV_HEADS=kv_heads, COUNT=count,
-        GROUP=group, S=s, DK=k.shape[2], DV=v.shape[2], BK=pad_dim(k.shape[2]), BV=pad_dim(v.shape[2]),
+        GROUP=group, S=s, DK=k.shape[2], DV=v.shape[2], BK=bk, BK2=bk2, BV=pad_dim(v.shape[2]),
         ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), **size.launch,
     )  # fmt: skip
     for x, total in ((extra_k, totals[0]), (extra_v, totals[1])):

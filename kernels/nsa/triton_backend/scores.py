@@ -12,8 +12,9 @@ from torch import Tensor
 
 from plumbline.kernels.nsa.config import NSAConfig
 from plumbline.kernels.nsa.layout import Layout
-from plumbline.kernels.nsa.triton_backend.common import LOG2E, Tiles, exact, load_rows, pad_dim, precision
+from plumbline.kernels.nsa.triton_backend.common import LOG2E, Tiles, exact, pad_dim, precision
 from plumbline.kernels.nsa.triton_backend.dense import key_range
+from plumbline.kernels.nsa.triton_backend.parts import dot_parts, load_row_parts, widths
 from plumbline.kernels.nsa.triton_backend.tables import query_tiles
 
 # Bytes of importance held at once.
@@ -47,7 +48,7 @@ def importance(
     q_ptr, k_ptr, lse_ptr, buffer_ptr, tiles_ptr, scale, q_t, q_h, k_t, k_h, heads, spill_stride, width,
     GROUP: tl.constexpr, GROUP2: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     SPILL: tl.constexpr, PER2: tl.constexpr, NS: tl.constexpr,
-    DK: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, PREC: tl.constexpr,
+    DK: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, ROWS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """buffer [SPILL + 1, tiles, QUERIES, Hkv, width]: importance summed over the group, in SPILL + 1 terms."""
     QUERIES: tl.constexpr = ROWS // GROUP2
@@ -63,7 +64,7 @@ def importance(
     ok = (r % GROUP2 < GROUP) & (t < end)
     head = kv_head * GROUP + r % GROUP2
     row = (start + t).to(tl.int64)
-    q = load_rows(q_ptr, row * q_t + head * q_h, ok, DK, BK)
+    q = load_row_parts(q_ptr, row * q_t + head * q_h, ok, DK, BK, BK2)
     lse = tl.load(lse_ptr + row * heads + head, mask=ok, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     _, high = key_range(t, 0, L, D)
@@ -81,10 +82,10 @@ def importance(
     for j0 in range(0, body_end, NS):
         i = PER * (j0 + c % NS) + m
         if PER == PER2:
-            k = load_rows(k_ptr, (key_start + i).to(tl.int64) * k_t + kv_head * k_h, c < KEYS, DK, BK)
+            k = load_row_parts(k_ptr, (key_start + i).to(tl.int64) * k_t + kv_head * k_h, c < KEYS, DK, BK, BK2)
         else:
-            k = load_rows(k_ptr, (key_start + i).to(tl.int64) * k_t + kv_head * k_h, m < PER, DK, BK)
-        s = tl.dot(q, tl.trans(k), input_precision=PREC)
+            k = load_row_parts(k_ptr, (key_start + i).to(tl.int64) * k_t + kv_head * k_h, m < PER, DK, BK, BK2)
+        s = dot_parts(q, k, PREC)
         p = tl.exp2(s * scale - lse[:, None])
         if PER != PER2:
             p = tl.where((m < PER)[None, :], p, 0.0)
@@ -110,8 +111,8 @@ def importance(
     for j0 in range(body_end, last_own + 1, NS):
         i = PER * (j0 + c % NS) + m
         there = (i < keys) & (m < PER)
-        k = load_rows(k_ptr, (key_start + i).to(tl.int64) * k_t + kv_head * k_h, there, DK, BK)
-        s = tl.dot(q, tl.trans(k), input_precision=PREC)
+        k = load_row_parts(k_ptr, (key_start + i).to(tl.int64) * k_t + kv_head * k_h, there, DK, BK, BK2)
+        s = dot_parts(q, k, PREC)
         p = tl.exp2(s * scale - lse[:, None])
         p = tl.where((i[None, :] < high[:, None]) & (m < PER)[None, :], p, 0.0)
         add_importance(
@@ -238,7 +239,10 @@ def choose(
 def score_tiles(x: Tensor, group: int) -> Tiles:
     if exact(x.dtype):
         return Tiles(max(32, group), 32, 4, 1)
-    return Tiles(max(64, group), 128, 4, 2) if pad_dim(x.shape[-1]) <= 64 else Tiles(max(128, group), 64, 4, 2)
+    if pad_dim(x.shape[-1]) <= 64:
+        return Tiles(max(64, group), 128, 4, 2)
+    # Wider than 128, a multiprocessor holds two tiles instead of three.
+    return Tiles(max(128, group), 64, 8 if widths(x.shape[-1])[0] == 128 < x.shape[-1] else 4, 2)
 
 
 def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config: NSAConfig, scale: float) -> Tensor:
@@ -260,13 +264,14 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config:
     at_once = max(1, min(len(tiles), CHUNK_BYTES // per_tile))
     buffer = torch.empty(spill + 1, at_once, queries, kv_heads, width, dtype=torch.float32, device=q.device)
     warps = max(1, min(8, width // 1024))
+    bk, bk2 = widths(dim)
     for first in range(0, len(tiles), at_once):
         chunk = tiles[first : first + at_once]
         importance[(len(chunk), kv_heads)](
             q, k_cmp, lse, buffer, chunk, scale * LOG2E, q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1),
             heads, buffer.stride(0), width, GROUP=group, GROUP2=group2, L=config.block, D=config.stride,
             S=config.select_block,
-            SPILL=spill, PER2=per2, NS=ns, DK=dim, BK=pad_dim(dim), ROWS=tile.rows, PREC=precision(q.dtype),
+            SPILL=spill, PER2=per2, NS=ns, DK=dim, BK=bk, BK2=bk2, ROWS=tile.rows, PREC=precision(q.dtype),
             **tile.launch,
         )  # fmt: skip
         choose[(len(chunk) * queries, kv_heads)](

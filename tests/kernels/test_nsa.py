@@ -27,11 +27,14 @@ TORCH_CASES = {
     "no local": ([64], 2, 1, 16, 16, NSAConfig(8, 4, 8, 3, 1, 0, 16, scale=0.3)),
 }
 TRITON_CASES = {name: TORCH_CASES[name] for name in ("short", "group7", "wide", "no local")}
-# Head dims that are worked in parts: 128 + 64, 64 + 16, 64 + 32, and a second part that is not full.
 TRITON_CASES["paper"] = ([37, 0, 20], 4, 1, 192, 128, SMALL)
-TRITON_CASES["dim 80"] = ([21, 40], 4, 2, 80, 80, SMALL)
-TRITON_CASES["dim 96"] = ([33], 3, 1, 96, 96, SMALL)
-TRITON_CASES["dim 140"] = ([50], 2, 1, 140, 24, SMALL)
+# Head dims that can be worked in parts: 128 + 64, 64 + 16, 64 + 32, and a second part that is not full.
+PART_CASES = {
+    "paper": TRITON_CASES["paper"],
+    "dim 80": ([21, 40], 4, 2, 80, 80, SMALL),
+    "dim 96": ([33], 3, 1, 96, 96, SMALL),
+    "dim 140": ([50], 2, 1, 140, 24, SMALL),
+}
 TRITON_CASES["odd block"] = ([61], 3, 1, 16, 24, NSAConfig(6, 2, 6, 4, 1, 2, 9, phi="mean"))
 
 
@@ -67,6 +70,18 @@ def test_torch(definition, name):
 @pytest.mark.parametrize("name", TRITON_CASES)
 def test_triton_interpreter(definition, name):
     check(definition, TRITON_CASES[name], "triton", 1e-5, seed=len(name))
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    from plumbline.kernels.nsa.triton_backend import parts
+
+    monkeypatch.setattr(parts, "IN_PARTS", True)
+
+
+@pytest.mark.parametrize("name", PART_CASES)
+def test_triton_interpreter_in_parts(definition, in_parts, name):
+    check(definition, PART_CASES[name], "triton", 1e-5, seed=len(name))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -226,7 +241,7 @@ def test_bad_config_is_named(sizes, message):
         NSAConfig(**{"stride": 4, "block": 8, "select_block": 8, **sizes})
 
 
-def test_parts_hold_every_head_dim():
+def test_parts_hold_every_head_dim(in_parts):
     from plumbline.kernels.nsa.triton_backend.common import pad_dim
     from plumbline.kernels.nsa.triton_backend.parts import widths
 
@@ -241,7 +256,7 @@ def test_parts_hold_every_head_dim():
 
 
 @pytest.mark.parametrize(("dk", "dv"), [(16, 12), (192, 128), (136, 16)])
-def test_triton_tiles_through_descriptors(definition, monkeypatch, dk, dv):
+def test_triton_tiles_through_descriptors(definition, in_parts, monkeypatch, dk, dv):
     """What bfloat16 uses on a GPU: tensor descriptors instead of pointers, here in float32 under the interpreter."""
     from dataclasses import replace
 

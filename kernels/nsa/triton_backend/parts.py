@@ -8,11 +8,15 @@ Of a tuple of one tile the functions below make what the plain ones make of the 
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 from plumbline.kernels.nsa.triton_backend.common import load_all, load_rows, pad_dim, store_rows
 
+# Compiled and interpreted, but no card has run it yet: off unless asked for (docs/kernels.md).
+IN_PARTS = os.environ.get("PLUMBLINE_NSA_PARTS") == "1"
 # Narrowest head dim that is cut: below, the products of a whole tile cost little.
 NARROWEST = 64
 
@@ -21,7 +25,7 @@ def widths(dim: int) -> tuple[int, int]:
     """Columns of the two tiles that hold `dim` columns; 0 for the second where one holds them as well."""
     whole = pad_dim(dim)
     first = whole // 2
-    if dim <= NARROWEST or dim == whole:
+    if not IN_PARTS or dim <= NARROWEST or dim == whole:
         return whole, 0
     second = pad_dim(dim - first)
     return (first, second) if second < first else (whole, 0)

@@ -5,6 +5,7 @@ A step appends tokens [B] to slots [B] and returns logits [B, vocab]; whoever dr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +13,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plumbline.kernels import decode
+from plumbline.kernels.nsa import DecodePlan, decode_step
 from plumbline.models.cache import PolicyCache
 from plumbline.models.policy import Policy
 
+# Matrix products of 16-bit rows want them to start at multiples of 16 bytes; this is also half a tile.
+ROWS_MULTIPLE = 64
 
-class DenseStep:
-    """Full attention: five matrix products and five small kernels a layer.
 
-    Query, key and value projections become views of one matrix, and so do gate and up: new weights copied into the
-    parameters are then seen here, and nothing is held twice.
+@dataclass
+class _Layer:
+    """A layer with its matrices joined: all that attention projects, and the MLP's gate and up."""
+
+    layer: Any
+    weight: Tensor
+    bias: Tensor | None
+    both: Tensor
+
+
+@dataclass
+class _Now:
+    """What the layers of one step share. cos, sin: [R, D] float32."""
+
+    slots: Tensor
+    lengths: Tensor
+    cos: Tensor
+    sin: Tensor
+    plan: DecodePlan | None
+
+
+class _Step:
+    """Four matrix products a layer, and in between small kernels of kernels/decode and the attention of a subclass.
+
+    Projections become views of one matrix, and so do gate and up: new weights copied into the parameters are then seen
+    here, and nothing is held twice.
 
     Args:
         policy: on the device it will run on, in the dtype it will run in.
@@ -28,67 +54,108 @@ class DenseStep:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.layers: list[tuple[Any, Tensor, Tensor | None, Tensor]] = []
+        self.layers: list[_Layer] = []
         layer: Any
         for layer in policy.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-            qkv = _joined(projections, "weight")
-            bias = _joined(projections, "bias") if attention.q_proj.bias is not None else None
-            assert qkv is not None
-            both = _joined([mlp.gate_proj, mlp.up_proj], "weight")
-            assert both is not None
-            self.layers.append((layer, qkv, bias, both))
+            weight, bias = self._project(layer.self_attn)
+            self.layers.append(_Layer(layer, weight, bias, _joined([layer.mlp.gate_proj, layer.mlp.up_proj], "weight")))
 
     def __call__(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
-        model, lengths = self.policy.model, cache.lengths
+        model, now = self.policy.model, self._begin(cache, slots)
         x = model.embed_tokens(tokens)
-        cos, sin = (part.squeeze(1) for part in model.rope(lengths[slots], torch.float32))
         delta = None
-        store: Any
-        for (layer, qkv_weight, qkv_bias, both_weight), store in zip(self.layers, cache.layers, strict=True):
-            attention, before, after = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+        for joined, store in zip(self.layers, cache.layers, strict=True):
+            layer = joined.layer
+            before, after = layer.input_layernorm, layer.post_attention_layernorm
             normed = decode.add_rms_norm(x, delta, before.weight, before.eps)
-            qkv = F.linear(normed, qkv_weight, qkv_bias)
-            norms = None
-            if self.policy.config.qk_norm:
-                norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
-            q = decode.rotate_and_append(qkv, cos, sin, store.k, store.v, slots, lengths, attention.heads, norms)
-            out = decode.decode_attention(q, store.k, store.v, slots, lengths, attention.dim**-0.5)
-            delta = attention.o_proj(out.flatten(1))
+            projected = F.linear(normed, joined.weight, joined.bias)
+            out = self._attend(layer.self_attn, projected, store, now)
+            delta = layer.self_attn.o_proj(out.flatten(1))
             normed = decode.add_rms_norm(x, delta, after.weight, after.eps)
-            delta = layer.mlp.down_proj(decode.silu_mul(F.linear(normed, both_weight)))
+            delta = layer.mlp.down_proj(decode.silu_mul(F.linear(normed, joined.both)))
         return self.policy.lm_head(decode.add_rms_norm(x, delta, model.norm.weight, model.norm.eps))
 
+    def _norms(self, attention: Any) -> tuple[Tensor, Tensor, float] | None:
+        if not self.policy.config.qk_norm:
+            return None
+        return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
 
-class SparseStep:
-    """Native Sparse Attention: the policy's own layers, with a plan that any lengths fit.
+    def _project(self, attention: Any) -> tuple[Tensor, Tensor | None]:
+        """Joined weight and bias of what the attention projects from the layer's input."""
+        raise NotImplementedError
 
-    On CUDA the four kernels of kernels/nsa/triton_backend/decode.py read lengths on the device. The PyTorch definition asks
+    def _begin(self, cache: PolicyCache, slots: Tensor) -> _Now:
+        raise NotImplementedError
+
+    def _attend(self, attention: Any, projected: Tensor, store: Any, now: _Now) -> Tensor:
+        """[R, columns of the joined weight] -> [R, Hq, D]; keys and values go into the store."""
+        raise NotImplementedError
+
+
+class DenseStep(_Step):
+    """Full attention: four matrix products and five small kernels a layer (six for a few rows, see decode_attention)."""
+
+    def _project(self, attention: Any) -> tuple[Tensor, Tensor | None]:
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        bias = _joined(projections, "bias") if self.policy.config.qkv_bias else None
+        return _joined(projections, "weight"), bias
+
+    def _begin(self, cache: PolicyCache, slots: Tensor) -> _Now:
+        return _Now(slots, cache.lengths, *_angles(self.policy, cache.lengths[slots]), None)
+
+    def _attend(self, attention: Any, projected: Tensor, store: Any, now: _Now) -> Tensor:
+        q = decode.rotate_and_append(
+            projected, now.cos, now.sin, store.k, store.v, now.slots, now.lengths, attention.heads,
+            self._norms(attention),
+        )  # fmt: skip
+        return decode.decode_attention(q, store.k, store.v, now.slots, now.lengths, attention.dim**-0.5)
+
+
+class SparseStep(_Step):
+    """Native Sparse Attention: four matrix products, four small kernels and the four of decode_step a layer (five where
+    phi is an mlp), with a plan that any lengths fit.
+
+    On CUDA the kernels of kernels/nsa/triton_backend/decode.py read lengths on the device. The PyTorch definition asks
     which rows complete a compression block, so on a CPU only the kernels (in Triton's interpreter) are of fixed shape.
-
-    Args:
-        policy: on the device it will run on, in the dtype it will run in.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def _project(self, attention: Any) -> tuple[Tensor, Tensor | None]:
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.gate_proj]
+        # The gates have a bias whether the others do or not.
+        return _joined(projections, "weight", ROWS_MULTIPLE), _joined(projections, "bias", ROWS_MULTIPLE)
 
-    def __call__(self, cache: PolicyCache, slots: Tensor, tokens: Tensor) -> Tensor:
-        model = self.policy.model
+    def _begin(self, cache: PolicyCache, slots: Tensor) -> _Now:
         plan = cache.fixed_plan(slots)
-        x = model.embed_tokens(tokens)
-        cos, sin = model.rope(plan.position, x.dtype)
-        layer: Any
-        for layer, store in zip(model.layers, cache.layers, strict=True):
-            x = layer.step(x, cos, sin, store, plan)
-        return self.policy.lm_head(model.norm(x))
+        return _Now(slots, cache.lengths, *_angles(self.policy, plan.position), plan)
+
+    def _attend(self, attention: Any, projected: Tensor, store: Any, now: _Now) -> Tensor:
+        q, (cmp, slc, win), gates = decode.rotate_and_gate(
+            projected, now.cos, now.sin, attention.heads, attention.kv_heads, self._norms(attention)
+        )
+        assert now.plan is not None
+        out = decode_step(q, cmp, slc, win, gates, store, now.plan, attention.phi(q.dtype))
+        assert isinstance(out, Tensor)
+        return out
 
 
-def _joined(linears: list[nn.Linear], name: str) -> Tensor | None:
-    """One tensor with all of theirs below each other; each parameter becomes a view of its part."""
-    parts = [getattr(linear, name) for linear in linears]
-    whole = torch.cat([part.data for part in parts])
-    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        part.data = view
+def _angles(policy: Policy, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin [R, D] float32."""
+    cos, sin = policy.model.rope(positions, torch.float32)
+    return cos.squeeze(1), sin.squeeze(1)
+
+
+def _joined(linears: list[nn.Linear], name: str, multiple: int = 1) -> Tensor:
+    """One tensor with all of theirs below each other; each parameter becomes a view of its part.
+
+    Rows are zero where a linear has no such parameter, and at the end, up to a multiple of `multiple`.
+    """
+    sizes = [linear.out_features for linear in linears]
+    total = -(-sum(sizes) // multiple) * multiple
+    shape = (total, linears[0].in_features) if name == "weight" else (total,)
+    whole = linears[0].weight.data.new_zeros(shape)
+    for linear, view in zip(linears, whole[: sum(sizes)].split(sizes), strict=True):
+        part = getattr(linear, name)
+        if part is not None:
+            view.copy_(part.data)
+            part.data = view
     return whole

@@ -19,6 +19,21 @@ SHAPES = {
         "nsa": {"block": 16, "stride": 8, "select_block": 16, "count": 4, "window": 32},
         "head_dim": 32,
     },
+    "nsa_grouped": {
+        "attention": "nsa",
+        "nsa": {"block": 16, "stride": 8, "select_block": 16, "count": 4, "window": 32, "phi": "mlp"},
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
 }
 
 

@@ -68,6 +68,52 @@ def test_triton_rotate_and_append(normed):
         torch.testing.assert_close(v[slot, :, lengths[slot]], values[row])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("normed", "dim"), [(False, 16), (True, 16), (True, 24)])
+def test_triton_rotate_and_gate(normed, dim, dtype):
+    """Against models/attention.py's own pieces; padding behind the gates is not read.
+
+    The interpreter cuts bfloat16 off where a card rounds, after the norm, after its weight and after the rotation.
+    """
+    from plumbline.models.attention import RMSNorm
+    from plumbline.models.rope import rotate
+
+    torch.manual_seed(4)
+    rows = 3
+    sizes = [HEADS * dim, 3 * KV * dim, 3 * KV * dim, 3 * HEADS, 5]
+    projected = (torch.randn(rows, sum(sizes)) * 2).to(dtype)
+    projected[:, -5:] = float("nan")
+    projected[0, -5 - 3 * HEADS], projected[1, -6] = -40.0, 40.0
+    angles = torch.rand(rows, dim // 2).repeat(1, 2) * 6
+    norms = [RMSNorm(dim, 1e-5) for _ in range(2)]
+    for norm in norms:
+        norm.weight.data = (torch.rand(dim) + 0.5).to(dtype)
+    given = (norms[0].weight.data, norms[1].weight.data, 1e-5) if normed else None
+    before = projected.clone()
+    q, pairs, gates = decode.rotate_and_gate(projected, angles.cos(), angles.sin(), HEADS, KV, given)
+    assert torch.equal(projected.nan_to_num(), before.nan_to_num())
+
+    queries, keys, values, logits, _ = projected.split(sizes, 1)
+    queries, keys = (x.unflatten(1, (-1, dim)) for x in (queries, keys))
+    if normed:
+        queries, keys = (norm(x).detach() for norm, x in zip(norms, (queries, keys), strict=True))
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    tight = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 6e-2 if normed else 1e-3}
+    torch.testing.assert_close(q, rotate(queries, cos, sin), **tight)
+    want = rotate(keys, cos, sin)
+    for branch, (k, v) in enumerate(pairs):
+        torch.testing.assert_close(k, want[:, branch * KV : (branch + 1) * KV], **tight)
+        assert torch.equal(v.flatten(1), values[:, branch * KV * dim : (branch + 1) * KV * dim])
+    torch.testing.assert_close(gates.flatten(1), torch.sigmoid(logits), **tight)
+    assert gates.is_contiguous()
+    assert all(x.dtype == dtype and x.stride(-1) == 1 for x in (q, gates, *(x for pair in pairs for x in pair)))
+
+
+def test_rotate_and_gate_names_what_is_missing():
+    with pytest.raises(ValueError, match=r"projected has 100 columns, fewer than the 306"):
+        decode.rotate_and_gate(torch.zeros(1, 100), torch.zeros(1, DIM), torch.zeros(1, DIM), HEADS, KV)
+
+
 def state(slots=4, limit=3, seed=0):
     def zeros(*shape, dtype=torch.int64):
         return torch.zeros(*shape, dtype=dtype)

@@ -162,7 +162,12 @@ def logprobs(policy, prompt, completion):
 
 @pytest.mark.parametrize(
     ("attention", "on_device"),
-    [("full", False), ("nsa", False), pytest.param("full", True, marks=pytest.mark.slow)],
+    [
+        ("full", False),
+        ("nsa", False),
+        pytest.param("full", True, marks=pytest.mark.slow),
+        pytest.param("nsa", True, marks=pytest.mark.slow),
+    ],
 )
 def test_new_weights_carry_completions_on(attention, on_device, paths, monkeypatch):
     """Each token's log-probability is that of the weights which drew it, on everything before it; Completion.versions says

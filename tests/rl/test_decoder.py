@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plumbline.models import attention
+from plumbline.kernels.decode import pointwise
+from plumbline.kernels.nsa.triton_backend import decode
 from plumbline.models.config import PolicyConfig
 from plumbline.models.policy import Policy
 from plumbline.rl.batch import Sampling
-from plumbline.rl.rollout import graphed
+from plumbline.rl.rollout import graphed, steps
 from plumbline.rl.rollout.graphed import Decoder
 from plumbline.rl.rollout.steps import SparseStep
 
@@ -49,26 +50,39 @@ class Operations(TorchDispatchMode):
         return result
 
 
-@pytest.fixture
-def policy(monkeypatch) -> Policy:
-    monkeypatch.setattr(attention, "decode_step", partial(attention.decode_step, backend="triton"))
-    monkeypatch.setattr(graphed, "WIDTHS", (4,))  # the interpreter takes its time for every row
+def make_policy(**changes) -> Policy:
+    """Random, also where a fresh policy is not: biases, norms and phi."""
     torch.manual_seed(0)
-    config = PolicyConfig(
-        vocab_size=53,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        attention="nsa",
-        nsa=NSA,
-        initializer_range=0.25,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    return Policy(config).float().eval().requires_grad_(False)
+    shape = {
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention": "nsa",
+        "nsa": NSA,
+        "initializer_range": 0.25,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    policy = Policy(PolicyConfig(**shape | changes)).float().eval().requires_grad_(False)
+    for name, parameter in policy.named_parameters():
+        if "bias" in name or "norm" in name or "phi" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return policy
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(steps, "decode_step", partial(steps.decode_step, backend="triton"))
+    monkeypatch.setattr(graphed, "WIDTHS", (4,))  # the interpreter takes its time for every row
+
+
+@pytest.fixture
+def policy(kernels) -> Policy:
+    return make_policy()
 
 
 def begun(policy, temperature, end_ids):
@@ -117,12 +131,97 @@ def test_a_step_is_the_same_at_any_length_and_waits_for_nothing(policy, monkeypa
     assert "_local_scalar_dense" in {name for name, *_ in log.seen}
 
 
-def leave_out_kernels(monkeypatch):
-    from plumbline.kernels.nsa.triton_backend import decode
+def leave_out_kernels(monkeypatch, launched=None):
+    """Kernels do nothing; their names are added to `launched`."""
 
     class Nothing:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: None
+        def __init__(self, name):
+            self.name = name
 
-    for name in ("append", "second_layer", "scan", "decide", "selected"):
-        monkeypatch.setattr(decode, name, Nothing())
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None if launched is None else launched.append(self.name)
+
+    for module, names in (
+        (decode, ("append", "second_layer", "scan", "decide", "selected")),
+        (pointwise, ("_add_rms_norm", "_rotate_and_gate", "_silu_mul")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Nothing(name))
+
+
+# Operations that launch nothing on a device.
+FREE = {"empty", "empty_like", "new_empty", "detach", "view", "_unsafe_view", "t", "transpose", "slice", "select", "split",
+        "split_with_sizes", "squeeze", "unsqueeze", "expand", "as_strided", "alias"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("phi", "most"), [("linear", 12), ("mlp", 13)])
+def test_a_layer_is_few_launches(kernels, monkeypatch, phi, most):
+    launched = []
+    leave_out_kernels(monkeypatch, launched)
+    counts = []
+    for layers in (1, 2):
+        launched.clear()
+        policy = make_policy(num_hidden_layers=layers, qk_norm=True, qkv_bias=True, nsa=NSA | {"phi": phi})
+        step, cache, slots = SparseStep(policy), policy.new_cache(2, LONGEST), torch.arange(2)
+        with Operations() as log:
+            step(cache, slots, slots)
+        counts.append(len(launched) + sum(name not in FREE for name, *_ in log.seen))
+    assert counts[1] - counts[0] == most
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+SHAPES = {
+    "one_group": {"num_attention_heads": 2, "num_key_value_heads": 2, "nsa": NSA | {"phi": "mean"}},
+    "three_a_group": {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_norm": True, "nsa": NSA | {"phi": "mlp"}},
+    "biased": {"qkv_bias": True, "tie_word_embeddings": False, "rope_parameters": YARN},
+    "all": {
+        "num_attention_heads": 6,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "rope_parameters": LLAMA3,
+        "rms_norm_eps": 1e-3,
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_is_the_forward_pass_also_of_new_weights(kernels, shape):
+    """Teacher-forced, from before the first block, beyond one window, and across the ends of blocks."""
+    policy = make_policy(**SHAPES[shape])
+    step = SparseStep(policy)
+    generator = torch.Generator().manual_seed(2)
+    lengths, more = [1, 3, 37], 3
+    for fresh in (False, True):
+        if fresh:
+            for parameter in policy.parameters():
+                parameter.copy_(parameter * 0.7 + torch.randn(parameter.shape, generator=generator) * 0.1)
+        texts = [torch.randint(0, 53, (n + more,), generator=generator) for n in lengths]
+        cache, slots = policy.new_cache(4, LONGEST), torch.tensor([3, 0, 2])
+        prompts = torch.cat([text[:n] for text, n in zip(texts, lengths, strict=True)])
+        policy.prefill(cache, slots, prompts, torch.tensor([0, *lengths]).cumsum(0).int())
+        ends = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0).int()
+        whole = policy(torch.cat(texts), ends).split([len(text) for text in texts])
+        for number in range(more):
+            tokens = torch.stack([text[n + number] for text, n in zip(texts, lengths, strict=True)])
+            got = step(cache, slots, tokens)
+            cache.lengths[slots] += 1
+            want = torch.stack([logits[n + number] for logits, n in zip(whole, lengths, strict=True)])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_are_views_of_what_the_step_multiplies_with(kernels):
+    policy = make_policy(qkv_bias=True)
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    step = SparseStep(policy)
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    for joined in step.layers:
+        assert joined.weight.shape[0] % steps.ROWS_MULTIPLE == 0
+        attention = joined.layer.self_attn
+        own = [attention.q_proj, attention.k_proj, attention.v_proj, attention.gate_proj]
+        for kind, whole in (("weight", joined.weight), ("bias", joined.bias)):
+            parts = [getattr(linear, kind) for linear in own]
+            assert {part.untyped_storage().data_ptr() for part in parts} == {whole.untyped_storage().data_ptr()}
+            assert not whole[sum(len(part) for part in parts) :].any()

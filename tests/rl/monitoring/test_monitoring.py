@@ -15,6 +15,7 @@ from rich.console import Console
 
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
+from plumbline.rl.files import read_rows
 from plumbline.rl.loop import train
 from plumbline.rl.monitoring.catalogue import BY_NAME, METRICS
 from plumbline.rl.tasks import training_tasks
@@ -166,12 +167,15 @@ def test_the_counters_count_everything(run):
     config, samples, _ = run
     rows = read_metrics(config.folder)
     by_name = {metric.name: sum(value for _, value in samples_of(metric, samples)) for metric in EXPECTED}
-    assert by_name["plumbline_generated_completions"] == 3 * 12
-    assert by_name["plumbline_graded_completions"] == 3 * 12
+    # At the start and after each of three steps, two held-out problems.
+    held_out = [row for path in (config.folder / "evaluation").glob("*.jsonl") for row in read_rows(path)]
+    assert len(held_out) == 4 * 2
+    assert by_name["plumbline_generated_completions"] == 3 * 12 + 4 * 2
+    assert by_name["plumbline_graded_completions"] == 3 * 12 + 4 * 2
     assert by_name["plumbline_generated_tokens"] == pytest.approx(
-        12 * sum(r["rollout/completion_tokens"] for r in rows)
+        12 * sum(r["rollout/completion_tokens"] for r in rows) + sum(row["tokens"] for row in held_out)
     )
-    assert by_name["plumbline_grading_seconds"] == 3 * 4
+    assert by_name["plumbline_grading_seconds"] == 3 * 4 + 4 * 2
     assert by_name["plumbline_learner_update_seconds"] == 3
 
 

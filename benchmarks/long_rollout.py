@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.processes import Keep, run_alone, write
+from benchmarks.processes import Keep, failure, run_alone, run_each
 
 KINDS = ("full", "nsa")
 PARTS = ("rollout", "update")
@@ -73,21 +73,15 @@ def main(given: list[str] | None = None) -> int:
     settings = vars(arguments).copy()
     out, kinds, seconds = settings.pop("out"), settings.pop("kinds"), settings.pop("kind_seconds")
     result: dict[str, Any] = {"work": settings, "kinds": {}}
+
+    def run(kind: str, folder: Path) -> dict[str, Any]:
+        record = run_alone("benchmarks.long_rollout:measure", settings | {"attention": kind}, folder, seconds=seconds)
+        result["ratios"] = ratios(result["kinds"] | {kind: record})
+        return record
+
     with tempfile.TemporaryDirectory() as scratch:
-        logs = out.with_suffix("") if out else Path(scratch)
         settings["policy"] = str(Path(scratch) / "policy")
-        for kind in kinds:
-            record = run_alone(
-                "benchmarks.long_rollout:measure", settings | {"attention": kind}, logs / kind, seconds=seconds
-            )
-            result["kinds"][kind] = record
-            if "machine" in record:
-                result.setdefault("machine", record["machine"])
-            result["ratios"] = ratios(result["kinds"])
-            if out:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write(out, result)
-            print("\n".join(shown(kind, record)), flush=True)
+        run_each(result, "kinds", kinds, run, shown, out)
     for length, row in result["ratios"].items():
         print(f"full / nsa at {length}: " + ", ".join(f"{name} {value:.2f}x" for name, value in row.items()))
     rows = [row for record in result["kinds"].values() for part in PARTS for row in record.get(part, {}).values()]
@@ -136,21 +130,11 @@ def make_policy(settings: dict[str, Any]) -> None:
     """A folder with random weights, full attention, in bfloat16 on a GPU; kept if it is there already."""
     import torch
 
-    from benchmarks.rl_bench import DEVICE
-    from plumbline.models.config import PolicyConfig
-    from plumbline.models.policy import Policy
+    from benchmarks.rl_bench import DEVICE, random_policy
 
-    folder = Path(settings["policy"])
-    if (folder / "config.json").exists():
-        return
     positions = settings["prompt_tokens"] + max(settings["lengths"])
-    config = PolicyConfig(**SHAPES[settings["shape"]], max_position_embeddings=positions)
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        policy = Policy(config)
-    partial = folder.with_name("partial")  # a process that is cut off leaves no half of a policy
-    policy.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).save_pretrained(partial)
-    partial.rename(folder)
+    shape = SHAPES[settings["shape"]] | {"max_position_embeddings": positions}
+    random_policy(Path(settings["policy"]), shape, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
 
 
 def rollout(settings: dict[str, Any], length: int) -> dict[str, Any]:
@@ -173,7 +157,6 @@ def rollout(settings: dict[str, Any], length: int) -> dict[str, Any]:
         device=DEVICE,
         dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32,
     )
-    engine.on_device = DEVICE == "cuda"
     # Room for the tokens drawn there, in whole looks, and for one look more: no sequence ends while the clock runs.
     room = (-(-count // STEPS_PER_LOOK) + 1) * STEPS_PER_LOOK
     last = prompt + length - room
@@ -299,9 +282,7 @@ def measured(record: dict[str, Any], part: str) -> list[tuple[str, dict[str, Any
 
 def shown(kind: str, record: dict[str, Any]) -> Iterator[str]:
     yield f"{kind} (process {record['process_seconds']:.0f} s)"
-    if "failed" in record:
-        yield f"  FAILED: {record['failed']}"
-        yield from (f"  | {line}" for line in record.get("last_words", []))
+    yield from failure(record)
     for part in PARTS:
         for length, row in record.get(part, {}).items():
             if "failed" in row:

@@ -15,9 +15,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,41 @@ def run_alone(
         record["failed"] = why if late else record.get("failed") or why
         record["last_words"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
     return record
+
+
+def run_each(
+    result: dict[str, Any],
+    kind: str,
+    names: Iterable[str],
+    run: Callable[[str, Path], dict[str, Any]],
+    shown: Callable[[str, dict[str, Any]], Iterable[str]],
+    out: Path | None,
+) -> None:
+    """Measure one after the other, and lose nothing that was measured.
+
+    Args:
+        result: its result[kind] takes each record under its name, and result["machine"] the first machine told of.
+        run: (name, folder for its process's files) -> a record; see run_alone.
+        shown: (name, record) -> lines to print.
+        out: result is written there after each, the processes' files beside it. None: kept nowhere.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = out.with_suffix("") if out else Path(scratch)
+        for name in names:
+            result[kind][name] = record = run(name, logs / name)
+            if "machine" in record:
+                result.setdefault("machine", record["machine"])
+            if out:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write(out, result)
+            print("\n".join(shown(name, record)), flush=True)
+
+
+def failure(record: dict[str, Any]) -> Iterator[str]:
+    """Lines on a record that failed; none on others."""
+    if "failed" in record:
+        yield f"  FAILED: {record['failed']}"
+        yield from (f"  | {line}" for line in record.get("last_words", []))
 
 
 def _wait(process: subprocess.Popen[bytes], answer: Path, deadline: float) -> bool:

@@ -1,4 +1,5 @@
-"""What the modes of rl_step.py share: the prompts of each step, the clock, the graders."""
+"""What the modes of rl_step.py share: the prompts of each step, the clock, the graders; random policies and the clock
+serve long_rollout.py and weight_sync.py too."""
 
 from __future__ import annotations
 
@@ -84,6 +85,29 @@ def run_config(settings: dict[str, Any], engine: str) -> RunConfig:
             "algorithm": {"advantage": "grpo", "aggregation": "sequence"},
         }
     )
+
+
+def random_policy(folder: Path, shape: dict[str, Any], dtype: torch.dtype, codec: Codec | None = None) -> None:
+    """A policy folder with random weights, and the codec's tokenizer if one is given; kept if it is there already.
+
+    shape: fields of a PolicyConfig.
+    """
+    from plumbline.models.config import PolicyConfig
+    from plumbline.models.policy import Policy
+
+    if (folder / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        policy = Policy(PolicyConfig(**shape))
+    partial = folder.with_name("partial")  # a process that is cut off leaves no half of a policy
+    policy.to(dtype).save_pretrained(partial)
+    del policy
+    if codec is not None:
+        codec.save(partial)
+    partial.rename(folder)
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Graders:

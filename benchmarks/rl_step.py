@@ -36,14 +36,13 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.processes import run_alone, write
+from benchmarks.processes import failure, run_alone, run_each
 
 MODES = {
     "native": "benchmarks.rl_ours:native",
@@ -75,23 +74,14 @@ def main(given: list[str] | None = None) -> int:
         if earlier["work"] != result["work"]:
             sys.exit(f"--add: {out} has figures of other work: {earlier['work']}")
         result = earlier
-    with tempfile.TemporaryDirectory() as scratch:
-        logs = out.with_suffix("") if out else Path(scratch)
-        for mode in modes:
-            missing = [name for name in PACKAGES[mode] if importlib.util.find_spec(name) is None]
-            if missing:
-                record: dict[str, Any] = {"failed": f"not installed: {', '.join(missing)}"}
-            else:
-                record = run_alone(
-                    MODES[mode], settings, logs / mode, seconds=seconds, environment=environment(mode, settings)
-                )
-            result["modes"][mode] = record
-            if "machine" in record:
-                result.setdefault("machine", record["machine"])
-            if out:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write(out, result)
-            print("\n".join(shown(mode, record)), flush=True)
+
+    def run(mode: str, folder: Path) -> dict[str, Any]:
+        missing = [name for name in PACKAGES[mode] if importlib.util.find_spec(name) is None]
+        if missing:
+            return {"failed": f"not installed: {', '.join(missing)}"}
+        return run_alone(MODES[mode], settings, folder, seconds=seconds, environment=environment(mode, settings))
+
+    run_each(result, "modes", modes, run, shown, out)
     print("\n".join(compared(result["modes"])), flush=True)
     return 1 if any("failed" in record for record in result["modes"].values()) else 0
 
@@ -152,9 +142,7 @@ def environment(mode: str, settings: dict[str, Any]) -> dict[str, str]:
 
 def shown(mode: str, record: dict[str, Any]) -> Iterator[str]:
     yield f"{mode} ({record.get('engine', '-')}; process {record.get('process_seconds', 0):.0f} s)"
-    if "failed" in record:
-        yield f"  FAILED: {record['failed']}"
-        yield from (f"  | {line}" for line in record.get("last_words", []))
+    yield from failure(record)
     parts = {"": record} | {name: record[name] for name in ("with_logprobs", "tokens_only") if name in record}
     for part, of in parts.items():
         warm = [step.get("step", step.get("rollout")) for step in of.get("warmup_steps", [])]

@@ -50,7 +50,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128, help="tokens compared of a prompt")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--eager", action="store_true", help="vLLM without CUDA graphs for the dense policy too")
-    parser.add_argument("--captured", action="store_true", help="the native engine captures sparse steps too")
     parser.add_argument("--limit", type=float, default=150, help="seconds of a process")
     parser.add_argument("--out", type=Path, default=Path("vllm_nsa.jsonl"))
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
@@ -96,8 +95,6 @@ class Native:
         self.engine = NativeEngine(
             str(folder), attention=None, codec=Words(), slots=slots, device=device, dtype=getattr(torch, args.dtype)
         )
-        if args.captured and device == "cuda":
-            self.engine.on_device = True
 
     def complete(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         from plumbline.rl.batch import Prompt, Sampling

@@ -19,12 +19,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.processes import Keep, run_alone, write
+from benchmarks.processes import Keep, failure, run_alone, run_each
 
 WAYS = {
     "in-process": "benchmarks.weight_sync:in_process",
@@ -52,25 +53,22 @@ def main(given: list[str] | None = None) -> int:
     settings = vars(arguments).copy()
     out, ways, seconds = settings.pop("out"), settings.pop("ways"), settings.pop("way_seconds")
     result: dict[str, Any] = {"work": settings, "ways": {}}
+
+    def run(way: str, folder: Path) -> dict[str, Any]:
+        return run_alone(WAYS[way], settings, folder, seconds=seconds)
+
     with tempfile.TemporaryDirectory() as scratch:
-        logs = out.with_suffix("") if out else Path(scratch)
         settings["policy"] = str(Path(scratch) / "policy")
-        for way in ways:
-            record = run_alone(WAYS[way], settings, logs / way, seconds=seconds)
-            result["ways"][way] = record
-            if "machine" in record:
-                result.setdefault("machine", record["machine"])
-            if out:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write(out, result)
-            print(f"{way} (process {record['process_seconds']:.0f} s)")
-            if "failed" in record:
-                print(f"  FAILED: {record['failed']}")
-                print("\n".join(f"  | {line}" for line in record.get("last_words", [])))
-            if "seconds" in record:
-                times = ", ".join(f"{taken:.4f}" for taken in record["seconds"])
-                print(f"  {record['parameters'] / 1e9:.2f}B parameters: {record['median']:.4f} s ({times})", flush=True)
+        run_each(result, "ways", ways, run, shown, out)
     return 1 if any("failed" in record for record in result["ways"].values()) else 0
+
+
+def shown(way: str, record: dict[str, Any]) -> Iterator[str]:
+    yield f"{way} (process {record['process_seconds']:.0f} s)"
+    yield from failure(record)
+    if "seconds" in record:
+        times = ", ".join(f"{taken:.4f}" for taken in record["seconds"])
+        yield f"  {record['parameters'] / 1e9:.2f}B parameters: {record['median']:.4f} s ({times})"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -182,24 +180,10 @@ def make_policy(settings: dict[str, Any]) -> None:
     """A folder with random bfloat16 weights, and the embedded policy's tokenizer, which no one uses; made once."""
     import torch
 
-    from benchmarks.rl_bench import DEVICE
-    from plumbline.models.config import PolicyConfig
-    from plumbline.models.policy import Policy
+    from benchmarks.rl_bench import random_policy
     from plumbline.rl.text import Codec
 
-    folder = Path(settings["policy"])
-    if (folder / "config.json").exists():
-        return
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        policy = Policy(PolicyConfig(**SHAPES[settings["shape"]]))
-    partial = folder.with_name("partial")  # a process that is cut off leaves no half of a policy
-    policy.to(torch.bfloat16).save_pretrained(partial)
-    del policy
-    Codec("embedded").save(partial)
-    partial.rename(folder)
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    random_policy(Path(settings["policy"]), SHAPES[settings["shape"]], torch.bfloat16, Codec("embedded"))
 
 
 if __name__ == "__main__":

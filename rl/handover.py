@@ -7,6 +7,7 @@ one part of the card's memory to another. To every other engine they go through 
 from __future__ import annotations
 
 import socket
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +93,6 @@ class Shelf:
 
 def from_arrays(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """What Shelf.arrays made, as tensors over the same memory."""
-    import warnings
-
     with warnings.catch_warnings():
         # The arrays are read-only views of the object store; they are copied from, never written.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 
 from plumbline.rl.batch import Sampling
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import RunConfig
-from plumbline.rl.evaluation import evaluate, finished_evaluation
+from plumbline.rl.evaluation import Evaluation, evaluate, finished_evaluation
 from plumbline.rl.tasks import TaskSet, evaluation_tasks
 
 
-def evaluation_sampling(config: RunConfig) -> Sampling:
-    """How held-out problems are answered."""
+def answer_held_out(
+    config: RunConfig,
+    name: str,
+    tasks: TaskSet,
+    roles: Roles,
+    policy: str,
+    *,
+    finished: bool,
+    begin: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """The policy that the rollout workers hold on held-out problems, as config.evaluation says.
+
+    Args:
+        name: of its files in the run's folder, evaluation/<name>.jsonl and .json.
+        tasks: the held-out set.
+        policy: whose answers these are, kept with the settings.
+        finished: read back what an earlier call of the same left there.
+        begin: called before the workers are asked.
+    """
     settings = config.evaluation
     limit = settings.max_new_tokens or config.rollout.max_new_tokens
-    return Sampling(limit, settings.temperature, settings.top_p, seed=config.seed + 1)
+    sampling = Sampling(limit, settings.temperature, settings.top_p, seed=config.seed + 1)
+    output, completions = config.folder / "evaluation", settings.completions_per_problem
+    result = finished_evaluation(name, tasks, sampling, completions, output, policy) if finished else None
+    if result is None:
+        begin()
+        result = evaluate(name, tasks, roles, sampling, completions, output, policy=policy)
+    return result
 
 
 class HeldOut:
@@ -28,27 +53,25 @@ class HeldOut:
         config: the run's.
         roles: whose rollout workers hold the policy.
         console: told the accuracy.
+        tasks: the held-out set; None: it is read here, if it is needed.
     """
 
-    def __init__(self, config: RunConfig, roles: Roles, console: Console) -> None:
-        self.config, self.roles, self.console = config, roles, console
-        self.tasks: TaskSet | None = None
-        if config.evaluation.every_steps:
+    def __init__(self, config: RunConfig, roles: Roles, console: Console, tasks: TaskSet | None) -> None:
+        self.config, self.roles, self.console, self.tasks = config, roles, console, tasks
+        if config.evaluation.every_steps and tasks is None:
             from plumbline.rl.text import Codec
 
             self.tasks, _ = evaluation_tasks(config, Codec(config.policy.path, overrides=config.prompt))
 
     def measure(self, step: int) -> dict[str, float]:
         """Metrics of the policy after this step (0: the starting policy); none if it is not due."""
-        if self.tasks is None or step % self.config.evaluation.every_steps:
+        every = self.config.evaluation.every_steps
+        if not every or step % every:
             return {}
-        sampling, completions = evaluation_sampling(self.config), self.config.evaluation.completions_per_problem
-        name, output = f"step-{step:06d}", self.config.folder / "evaluation"
+        assert self.tasks is not None
+        name = f"step-{step:06d}"
         policy = f"{self.config.name}, {name}"
-        result = finished_evaluation(name, self.tasks, sampling, completions, output, policy)
-        if result is None:
-            result = evaluate(name, self.tasks, self.roles, sampling, completions, output, policy=policy)
-        accuracy = result.accuracy
+        accuracy = answer_held_out(self.config, name, self.tasks, self.roles, policy, finished=True).accuracy
         self.console.print(
             f"{self.config.name}  step {step}: {accuracy} of {accuracy.n} held-out problems",
             highlight=False,

@@ -40,8 +40,7 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     codec = Codec(config.policy.path, overrides=config.prompt)
     tasks, report = training_tasks(config, codec)
     check_settings(config, tasks, report, console)
-    if config.evaluation.every_steps:
-        evaluation_tasks(config, codec)
+    held_out = evaluation_tasks(config, codec)[0] if config.evaluation.every_steps else None
     plan = make_plan(config)
     prepare_output(config.folder, plan.disk, resume=resume, overwrite=overwrite)
     mark_run(config, "train")
@@ -54,7 +53,7 @@ def launch_training(config: RunConfig, console: Console, *, resume: bool = False
     console.print("starting Ray and the workers …")
     with resumable(config.folder):
         with Roles.start(config) as roles:
-            result = train(config, roles, tasks, console, resume=resume)
+            result = train(config, roles, tasks, console, held_out=held_out, resume=resume)
 
         from plumbline.rl.run_report import write_run_report
 

@@ -33,8 +33,18 @@ class TrainingResult:
     seconds: float
 
 
-def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, resume: bool = False) -> TrainingResult:
+def train(
+    config: RunConfig,
+    roles: Roles,
+    tasks: TaskSet,
+    console: Console,
+    *,
+    held_out: TaskSet | None = None,
+    resume: bool = False,
+) -> TrainingResult:
     """Train the policy of `config` on `tasks` for config.steps steps.
+
+    held_out: what evaluation.every_steps is measured on, where the caller has read it already.
 
     Everything lands in config.folder: history/, completions/, metrics.jsonl, tensorboard/, check.html, checkpoints/.
     With `resume`, work goes on from the newest intact checkpoint as if it had never stopped.
@@ -50,7 +60,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     history = HistoryWriter(folder / "history", config.name)
     log = CompletionLog(folder / "completions")
     checking = CheckingStage(config, roles.reward, collector, console)
-    held_out = HeldOut(config, roles, console)
+    measured = HeldOut(config, roles, console, held_out)
 
     start = 0
     saved = checkpoints.latest(console) if resume else None
@@ -70,7 +80,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
     history.truncate(state["history_offset"] if saved is not None else 0)
     log.drop_after(start)
     policy_version = roles.sync()
-    held_out.measure(start)
+    measured.measure(start)
 
     def checkpoint(step: int) -> None:
         state = {"sampler": ahead.state(step), "history_offset": history.offset, "samples": tasks.fingerprint}
@@ -101,7 +111,7 @@ def train(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, *, 
             metrics |= state_metrics(filled.graded, len(tasks), used_version, roles.clock.lap())
             metrics |= filled.metrics | step_metrics(filled.graded, filled.seconds, time.monotonic() - clock)
             metrics |= {"policy_version": policy_version, "replaced_workers": roles.replaced}
-            telemetry.log(step, metrics | held_out.measure(step))
+            telemetry.log(step, metrics | measured.measure(step))
             checkpoints.poll()
             if config.checkpoint_due(step):
                 checkpoint(step)  # its files are written while training goes on

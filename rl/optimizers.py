@@ -104,6 +104,7 @@ def make_optimizer(
     if settings.optimizer == "adamw_offload":
         return HostAdamW(parameters, ranks, **shared)
     if settings.optimizer == "adamw_8bit":
+        check_optimizer(settings)
         return _adamw_8bit(parameters, ranks, **shared)
     return torch.optim.AdamW(parameters, fused=True, **shared)
 
@@ -132,7 +133,6 @@ def _adamw_8bit(parameters: Sequence[nn.Parameter], ranks: Ranks, **settings: An
     """bitsandbytes' AdamW8bit: tensors of 4,096 elements or more have moments of 8 bits, with a scale for each 256 of them."""
     if ranks.size > 1:
         raise InputError("learner.optimizer adamw_8bit needs learner.workers 1; use adamw or adamw_offload")
-    check_optimizer(LearnerSection(optimizer="adamw_8bit"))
     from bitsandbytes.optim import AdamW8bit
 
     def make(tensors: Sequence[nn.Parameter]) -> Any:

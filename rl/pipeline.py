@@ -14,9 +14,9 @@ from rich.table import Table
 from plumbline.errors import InputError
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import RunConfig
-from plumbline.rl.evaluation import Evaluation, evaluate, finished_evaluation
+from plumbline.rl.evaluation import Evaluation
 from plumbline.rl.files import write_whole
-from plumbline.rl.heldout import evaluation_sampling
+from plumbline.rl.heldout import answer_held_out
 from plumbline.rl.loop import TrainingResult, train
 from plumbline.rl.memory import MemoryWatch
 from plumbline.rl.report import write_report
@@ -87,7 +87,7 @@ def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -
         base = evaluate_stage(config, "base", None, held_out, roles, console, resume)
 
         prerun = uniform(stage(config, "prerun", config.selection.prerun_steps))
-        training = {"prerun": train_stage(prerun, roles, full, console, resume)}
+        training = {"prerun": train_stage(prerun, roles, full, held_out, console, resume)}
         selected = select(config, prerun.folder / "history", full)
         for line in selected.lines():
             console.print(line, highlight=False, markup=False)
@@ -96,7 +96,7 @@ def run_pipeline(config: RunConfig, console: Console, *, resume: bool = False) -
         chosen = {"full": list(full), arm_name(config.selection.method): selected.kept, "random": selected.random}
         for arm in arms(config):
             tasks = full.keep(chosen[arm])
-            training[arm] = train_stage(stage(config, arm, config.steps), roles, tasks, console, resume)
+            training[arm] = train_stage(stage(config, arm, config.steps), roles, tasks, held_out, console, resume)
             result.arms[arm] = evaluate_stage(config, arm, training[arm].policy, held_out, roles, console, resume)
             result.samples[arm] = len(tasks)
         result.peak_rss_mb = memory.peak_mb
@@ -117,7 +117,9 @@ def uniform(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"selection": selection})
 
 
-def train_stage(config: RunConfig, roles: Roles, tasks: TaskSet, console: Console, resume: bool) -> TrainingResult:
+def train_stage(
+    config: RunConfig, roles: Roles, tasks: TaskSet, held_out: TaskSet, console: Console, resume: bool
+) -> TrainingResult:
     """train(), unless `resume` finds its result: then that, with the seconds it took when it ran."""
     record = config.folder / "result.json"
     if resume and record.is_file():
@@ -126,7 +128,7 @@ def train_stage(config: RunConfig, roles: Roles, tasks: TaskSet, console: Consol
         if tree["steps"] == config.steps and tree["samples"] == tasks.fingerprint and policy.is_dir():
             console.print(f"{config.name}: finished before, {tree['steps']} steps", highlight=False)
             return TrainingResult(policy, tree["steps"], tree["rollouts"], tree["seconds"])
-    result = train(config, roles, tasks, console, resume=resume)
+    result = train(config, roles, tasks, console, held_out=held_out, resume=resume)
     tree = {
         "policy": str(result.policy.relative_to(config.folder)),
         "steps": result.steps,
@@ -179,12 +181,11 @@ def evaluate_stage(
     resume: bool,
 ) -> Evaluation:
     """Evaluate a policy folder, or (None) the policy that the run starts from."""
-    sampling, completions = evaluation_sampling(config), config.evaluation.completions_per_problem
-    output = config.folder / "evaluation"
     label = str(policy.relative_to(config.folder)) if policy else config.policy.path
-    result = finished_evaluation(name, held_out, sampling, completions, output, label) if resume else None
-    if result is None:
+
+    def begin() -> None:
         roles.begin_evaluation(config, str(policy) if policy else None)
-        result = evaluate(name, held_out, roles, sampling, completions, output, policy=label)
+
+    result = answer_held_out(config, name, held_out, roles, label, finished=resume, begin=begin)
     console.print(f"{name}: {result.accuracy} of {result.accuracy.n} held-out problems", highlight=False)
     return result

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plumbline.kernels.nsa import DecodePlan, NSAConfig, NSAStores, PhiParams, decode_step
-from plumbline.models.vllm.paged import Branches, Pages, Step, paged_attention
+from plumbline.models.vllm.paged import Branches, Pages, Step, paged_attention, rows_of
 
 Pair = tuple[Tensor, Tensor]
 
@@ -78,7 +78,7 @@ def divide(
         rows: Tensor | slice = slice(None)
         own, own_lengths = tables, lengths
         if len(members) < len(counts):
-            rows = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in members]).to(lengths.device)
+            rows = rows_of(starts, members, lengths.device)
             chosen = torch.tensor(members, device=lengths.device)
             own, own_lengths = {kind: table[chosen] for kind, table in tables.items()}, lengths[chosen]
         plan: DecodePlan | Step

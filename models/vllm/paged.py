@@ -81,6 +81,11 @@ class Branches:
     blocks: Pages
 
 
+def rows_of(starts: list[int], members: list[int], device: torch.device) -> Tensor:
+    """Rows of these sequences among a step's new tokens, one sequence after the other. members: one or more."""
+    return torch.cat([torch.arange(starts[row], starts[row + 1]) for row in members]).to(device)
+
+
 class Step:
     """What a step adds to each sequence; shared by all layers.
 
@@ -123,8 +128,7 @@ class Step:
     @cached_property
     def whole_rows(self) -> Tensor:
         """Their rows, one sequence after the other."""
-        parts = [torch.arange(self.starts[row], self.starts[row + 1]) for row in self.whole]
-        return torch.cat(parts).to(self.device)
+        return rows_of(self.starts, self.whole, self.device)
 
     @cached_property
     def whole_layout(self) -> Layout:

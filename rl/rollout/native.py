@@ -243,9 +243,7 @@ class NativeEngine:
                 if token not in self.codec.end_ids and len(sequence.token_ids) < sampling.max_new_tokens:
                     continue
                 released.append(slot)
-                group = self._finish(running.pop(slot), done)
-                if group is not None:
-                    yield group
+                yield from self._finish_all([running.pop(slot)], done)
             if released:
                 cache.reset(torch.tensor(released, device=self.device))
                 free.extend(released)

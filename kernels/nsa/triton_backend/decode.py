@@ -271,7 +271,8 @@ def decode(
     gp = max(16, triton.next_power_of_2(group))
     q, gates = rows_contiguous(q), gates.contiguous()
     tables = plan.tables
-    append_tokens(kv_cmp, kv_slc, kv_win, cache, plan, params)
+    strides = row_strides(cache)
+    append_tokens(kv_cmp, kv_slc, kv_win, cache, plan, params, strides)
 
     wide = exact(q.dtype) or max(bk, bv) > 128
     per2 = triton.next_power_of_2(config.select_block // config.stride)
@@ -303,7 +304,7 @@ def decode(
     (k_blocks, v_blocks), (k_slc, v_slc), (k_win, v_win) = cache.blocks, cache.raw["slc"], cache.raw["win"]
     common = {"KV_HEADS": kv_heads, "GROUP": group, "GP": gp}
     dims = {"DK": dk, "DV": dv, "BK": bk, "BV": bv, "PAGED": plan.page is not None, "PREC": precision(q.dtype)}
-    dims |= row_strides(cache)
+    dims |= strides
     sizes = {"L": config.block, "D": config.stride, "S": config.select_block, "W": config.window, "SPILL": spill}
     scan[(number, parts + window_parts)](
         q, k_blocks, v_blocks, k_win, v_win, o, m, denominator, terms, tables["blocks"], tables["win"], plan.position,
@@ -342,9 +343,9 @@ def row_strides(cache: NSAStores) -> dict[str, int]:
 
 def append_tokens(
     kv_cmp: tuple[Tensor, Tensor], kv_slc: tuple[Tensor, Tensor], kv_win: tuple[Tensor, Tensor], cache: NSAStores,
-    plan: DecodePlan, params: PhiParams,
+    plan: DecodePlan, params: PhiParams, strides: dict[str, int],
 ) -> None:  # fmt: skip
-    """New keys and values, and the compression blocks that they complete, into the cache."""
+    """New keys and values, and the compression blocks that they complete, into the cache. strides: row_strides's."""
     config, tables = cache.config, plan.tables
     rows, kv_heads, dk = kv_cmp[0].shape
     dv = kv_cmp[1].shape[2]
@@ -364,7 +365,7 @@ def append_tokens(
     raw_tables = [tables[branch] for branch in BRANCHES]
     shared = (table, plan.position, table.stride(0), k_blocks.shape[2], *k_blocks.stride()[:2], *v_blocks.stride()[:2])
     sizes = {"KV_HEADS": kv_heads, "L": config.block, "D": config.stride, "PAGED": plan.page is not None}
-    sizes |= row_strides(cache) | {"SHIFT": cache.shift}
+    sizes |= strides | {"SHIFT": cache.shift}
     append[(rows, kv_heads, 1 + sum(tiles))](
         *inputs, *(stride for x in inputs for stride in x.stride()[:2]), *stores, store_k.shape[2],
         *store_k.stride()[:2], *store_v.stride()[:2], k_weight, k_position, v_weight, v_position, k_blocks, v_blocks,

@@ -309,12 +309,12 @@ def backward(
     initial, local = forced_blocks(selection.forced)
     s = selection.select_block
     items = listed.items(16 * max(8, pair_tiles(q, dv, group, s, True).rows // group)) if listed else None
+    branches = [(branch or (some,))[0] for branch in (cmp, slc, win)]
+    sources, tma = key_sources([(branch.k, branch.v) for branch in branches], size)
+    arguments = [x for branch, of in zip(branches, sources, strict=True) for x in branch.arguments(of)]
     for number, first in enumerate(range(0, tokens, chunk)):
         if slc and listed and items:
             _pairs_backward(q, do, slc[0], layout, s, listed, items, number, first, count, part, grads["slc"], scale)
-        branches = [(branch or (some,))[0] for branch in (cmp, slc, win)]
-        sources, tma = key_sources([(branch.k, branch.v) for branch in branches], size)
-        arguments = [x for branch, of in zip(branches, sources, strict=True) for x in branch.arguments(of)]
         dense.backward_queries[(len(tiles[number]), kv_heads)](
             q, do, dq, tiles[number], scale, scale * LOG2E, q.stride(0), q.stride(1), heads, *arguments, part,
             selection.indices if listed else tiles[number], first, total, GROUP=group, HAS_CMP=cmp is not None,

@@ -176,24 +176,31 @@ class LearnerWorker(_Actor):
         learner_state.load(self.learner, Path(folder))
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
+        """The learner's metrics, and the seconds they took in this process."""
         began = time.monotonic()
         metrics = self.learner.update(batch)
         watch_update(began)
-        return metrics
+        return metrics | {"time/update_seconds": time.monotonic() - began}
 
-    def publish(self, through_host: bool = False) -> dict[str, Any]:
-        """Set the present weights out for the engines: {version, checksum, arrays}.
+    def publish(self, beside: bool = False, through_host: bool = False) -> dict[str, Any]:
+        """Set the present weights out for the engines. Returns {version, checksum, arrays}, of the first process alone.
 
-        `ticket` then gives them to an engine on this GPU. through_host: `arrays` refers to them in the object store, where
-        all others read them; it is None otherwise.
+        Args:
+            beside: there is an engine on this GPU, to which `ticket` then gives them. The first process sets them out in
+                any case: their checksum is taken from what the engines read.
+            through_host: `arrays` refers to them in the object store, where all other engines read them; else it is None.
         """
         from plumbline.rl import learner_state
         from plumbline.rl.rollout import absolute_sum
 
-        weights = learner_state.policy_weights(self.learner)
+        weights = learner_state.each_policy_weight(self.learner, self.shelf.dtype)
+        if self.ranks.rank and not beside:
+            for _ in weights:  # the shards are gathered by all processes together
+                pass
+            return {}
+        self.shelf.put(weights, learner_state.policy_shapes(self.learner))
         if self.ranks.rank:
             return {}
-        self.shelf.put(weights)
         checksum = absolute_sum(self.shelf.tensors().values())
         arrays = ray.put(self.shelf.arrays()) if through_host else None
         return {"version": self.learner.version, "checksum": checksum, "arrays": arrays}

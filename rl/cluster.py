@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from plumbline.rl.connect import start_ray
 from plumbline.rl.exchange import Exchange
 from plumbline.rl.faults import Place, RoleFailed, gather
 from plumbline.rl.monitoring.job import actor_namer
+from plumbline.rl.placement import Placement
 from plumbline.rl.pool import Pool
 
 
@@ -32,6 +34,7 @@ class Roles:
 
     config: RunConfig
     owns_ray: bool
+    placement: Placement
     rollout: Pool = field(init=False)
     reward: Pool = field(init=False)
     learners: Pool = field(init=False)
@@ -41,13 +44,22 @@ class Roles:
     # GPUs by actor name, of those that have one.
     cards: dict[str, str | None] = field(default_factory=dict)
     clock: WorkClock = field(init=False)
+    # What the last `sync` took.
+    sync_seconds: float = 0.0
     # Set: exchanges under way are to end.
     stop: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def start(cls, config: RunConfig, *, learner: bool = True) -> Roles:
         """Start Ray and the actors; InputError when the cluster cannot hold them before the deadline."""
-        roles = cls(config, start_ray(config))
+        owns_ray = start_ray(config)
+        try:
+            placement = Placement.book(config, config.ray.start_timeout_seconds) if learner else Placement()
+        except BaseException:
+            if owns_ray:
+                ray.shutdown()
+            raise
+        roles = cls(config, owns_ray, placement)
         rollout, reward, settings = config.rollout, config.reward, config.learner
         # Ray adds `options` and `remote` to a decorated class; type checkers do not see them.
         rollout_actor: Any = RolloutWorker
@@ -60,6 +72,7 @@ class Roles:
 
         def make_rollout(number: int, before: int) -> Any:
             options = {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker}
+            options |= placement.rollout(number)
             return rollout_actor.options(name=named("rollout", number, before), **options).remote()
 
         def make_reward(number: int, before: int) -> Any:
@@ -68,7 +81,7 @@ class Roles:
 
         def make_learner(number: int, before: int) -> Any:
             options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "name": named("learner", number, before)}
-            return learner_actor.options(**options).remote()
+            return learner_actor.options(**options, **placement.learner(number)).remote()
 
         limit, most = roles._starting(), config.ray.replacements_per_step
         roles.rollout = Pool("rollout", rollout.workers, make_rollout, limit, most)
@@ -166,10 +179,12 @@ class Roles:
 
     def sync(self) -> int:
         """Learner's weights to every rollout worker; checks that they arrived whole. Returns their version."""
+        began = time.monotonic()
         self._learners_work(self.clock.begin)
         try:
-            through_host = not all(self._beside_learner(place) for place in self.rollout.places)
-            calls = self._learn("publish", (through_host,))
+            beside = [self._learner_beside(place) for place in self.rollout.places]
+            asked = [(number in beside, number == 0 and None in beside) for number in range(len(self.learners))]
+            calls = self._learn("publish", *asked)
             published = gather(calls, self._transfer(), "publishing the learner's weights")[0]
         finally:
             self._learners_work(self.clock.end)
@@ -184,21 +199,26 @@ class Roles:
                     self._check_weights(call)
                 except RoleFailed as error:
                     self.rollout.replace(number, handle, str(error))
+        self.sync_seconds = time.monotonic() - began
         return published["version"]
 
     def _give_weights(self, handle: Any, place: Place) -> tuple[Place, Any]:
         assert self.published is not None
         weights: Any
-        if self._beside_learner(place):
-            weights = self.learners[0].ticket.remote()
+        beside = self._learner_beside(place)
+        if beside is not None:
+            weights = self.learners[beside].ticket.remote()
         else:
             weights = self.published["arrays"] = self.published["arrays"] or self.learners[0].arrays.remote()
         return place, handle.load_weights.remote(self.published["version"], weights)
 
-    def _beside_learner(self, place: Place) -> bool:
-        """Whether this rollout worker is on the first learner's GPU."""
+    def _learner_beside(self, place: Place) -> int | None:
+        """Number of the learner on this rollout worker's GPU."""
         card = self.cards.get(place.name)
-        return card is not None and card == self.cards.get(self.learners.places[0].name)
+        if card is None:
+            return None
+        cards = [self.cards.get(learner.name) for learner in self.learners.places]
+        return cards.index(card) if card in cards else None
 
     def _check_weights(self, call: tuple[Place, Any]) -> None:
         assert self.published is not None
@@ -233,6 +253,7 @@ class Roles:
         ray.wait(closing, num_returns=len(closing), timeout=10) if closing else None
         for pool in (self.rollout, self.reward, self.learners):
             pool.close()
+        self.placement.close()
         if self.owns_ray:
             ray.shutdown()
 

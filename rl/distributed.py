@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,9 @@ from plumbline.models.policy import Policy
 from plumbline.models.value import ValueModel
 
 T = TypeVar("T")
+
+# The hidden states are a view of padded ones; nothing changes them in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
 @dataclass(frozen=True)

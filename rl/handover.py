@@ -6,8 +6,10 @@ one part of the card's memory to another. To every other engine they go through 
 
 from __future__ import annotations
 
+import math
 import socket
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,17 +62,27 @@ class Shelf:
         self.flat: Tensor | None = None
 
     @torch.no_grad()
-    def put(self, weights: dict[str, Tensor]) -> None:
-        """Copy them in, in this dtype."""
-        table = tuple((name, tuple(tensor.shape)) for name, tensor in weights.items())
-        if self.flat is None or table != self.table:
-            some = next(iter(weights.values()))
-            self.flat = torch.empty(sum(t.numel() for t in weights.values()), dtype=self.dtype, device=some.device)
-            self.table = table
-        for name, view in self.tensors().items():
-            view.copy_(weights[name])
+    def put(self, weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Copy them in, in this dtype.
+
+        Args:
+            weights: names and tensors, all on one device.
+            shapes: of all of them; their order is that of the shelf.
+        """
+        views: dict[str, Tensor] = {}
+        for name, tensor in weights:
+            if not views:
+                self._make_room(tuple(shapes.items()), tensor.device)
+                views = self.tensors()
+            views[name].copy_(tensor)
+        assert self.flat is not None
         if self.flat.is_cuda:
             torch.cuda.synchronize(self.flat.device)  # other processes' streams do not wait for this one's
+
+    def _make_room(self, table: tuple[tuple[str, tuple[int, ...]], ...], device: torch.device) -> None:
+        if self.flat is None or table != self.table:
+            self.flat = torch.empty(sum(math.prod(shape) for _, shape in table), dtype=self.dtype, device=device)
+            self.table = table
 
     def tensors(self) -> dict[str, Tensor]:
         """Views by name."""

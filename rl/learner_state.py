@@ -23,7 +23,7 @@ from plumbline.models.policy import Policy
 from plumbline.rl.distributed import whole
 from plumbline.rl.files import disk_refusal, sha256
 from plumbline.rl.learner import Learner
-from plumbline.rl.lora import merged_state
+from plumbline.rl.lora import merged_state, plain_name
 from plumbline.rl.optimizers import MOMENT_BITS, after_loading, keeps_state_of
 
 TENSORS = "learner"
@@ -35,9 +35,30 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 
 def policy_weights(learner: Learner) -> dict[str, Tensor]:
     """The policy's tensors by name, whole, adapters merged, a tied tensor once. Every rank must call."""
-    tensors = {name: whole(parameter.detach()) for name, parameter in learner.policy.named_parameters()}
+    return dict(each_policy_weight(learner))
+
+
+def each_policy_weight(learner: Learner, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """policy_weights one after the other, so that shards of one tensor alone are whole at once (with adapters: of all).
+
+    Every rank must take all of them.
+
+    Args:
+        dtype: that shards are gathered in; None: theirs.
+    """
     lora = learner.config.learner.lora
-    return merged_state(tensors, lora.alpha, lora.rank) if lora.rank else tensors
+    named = learner.policy.named_parameters()
+    if lora.rank:
+        yield from merged_state({n: whole(p.detach()) for n, p in named}, lora.alpha, lora.rank).items()
+        return
+    for name, parameter in named:
+        yield name, whole(parameter.detach().to(dtype or parameter.dtype))
+
+
+def policy_shapes(learner: Learner) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of policy_weights, in their order; nothing is gathered."""
+    named = learner.policy.named_parameters()
+    return {plain_name(name): tuple(parameter.shape) for name, parameter in named if ".lora_" not in name}
 
 
 class Saving:

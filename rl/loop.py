@@ -111,6 +111,7 @@ def train(
             metrics |= state_metrics(filled.graded, len(tasks), used_version, roles.clock.lap())
             metrics |= filled.metrics | step_metrics(filled.graded, filled.seconds, time.monotonic() - clock)
             metrics |= {"policy_version": policy_version, "replaced_workers": roles.replaced}
+            metrics["time/sync_seconds"] = roles.sync_seconds
             telemetry.log(step, metrics | measured.measure(step))
             checkpoints.poll()
             if config.checkpoint_due(step):

@@ -50,6 +50,11 @@ def without_adapters(policy: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def plain_name(name: str) -> str:
+    """What a tensor is called in a policy without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
 @torch.no_grad()
 def merged_state(state: dict[str, Tensor], alpha: float, rank: int) -> dict[str, Tensor]:
     """A state dict with adapters -> the plain policy's: W + alpha / rank B A under the names without adapters.
@@ -62,7 +67,7 @@ def merged_state(state: dict[str, Tensor], alpha: float, rank: int) -> dict[str,
     for name, tensor in state.items():
         if ".lora_" in name:
             continue
-        plain = name.replace(".base_layer.", ".")
+        plain = plain_name(name)
         if plain != name and name.endswith(".weight"):
             stem = name.removesuffix("base_layer.weight")
             down, up = state[f"{stem}lora_A.default.weight"], state[f"{stem}lora_B.default.weight"]

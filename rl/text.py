@@ -13,6 +13,8 @@ from plumbline.models.load import load_tokenizer, policy_folder
 from plumbline.rl.sections import PromptSection
 
 PROMPT_FILE = "prompt.json"
+# transformers' and vLLM's name for it.
+GENERATION_FILE = "generation_config.json"
 # What most maths checkpoints were trained to be asked.
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -56,8 +58,22 @@ class PromptStyle(BaseModel):
         return [*head, {"role": "user", "content": self.text(problem)}]
 
 
+def stored_end_ids(folder: Path) -> set[int]:
+    """Tokens that end a completion by a policy folder's own files: chat models often have two, and their tokenizer
+    knows one."""
+    found: set[int] = set()
+    for name in (GENERATION_FILE, "config.json"):
+        path = folder / name
+        try:
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return found
+
+
 class Codec:
-    """A policy's tokenizer and prompt style.
+    """A policy's tokenizer, prompt style and end tokens: the tokenizer's, and those that the folder's files name.
 
     Args:
         path: policy path, as for load_tokenizer.
@@ -74,7 +90,7 @@ class Codec:
         self.chat = template == "chat"
         if self.tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {path} has no end-of-sequence token; a completion could never end")
-        self.end_ids = frozenset([self.tokenizer.eos_token_id])
+        self.end_ids = frozenset([self.tokenizer.eos_token_id, *stored_end_ids(policy_folder(path))])
 
     def encode(self, problem: str) -> list[int]:
         """Token ids of the whole prompt."""
@@ -88,6 +104,9 @@ class Codec:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """Tokenizer and prompt style into a policy folder."""
+        """Tokenizer, prompt style and end tokens into a policy folder."""
         self.tokenizer.save_pretrained(folder)
+        if len(self.end_ids) > 1:
+            text = json.dumps({"eos_token_id": sorted(self.end_ids)}, indent=2)
+            (folder / GENERATION_FILE).write_text(text + "\n", encoding="utf-8")
         (folder / PROMPT_FILE).write_text(self.style.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,12 @@ from plumbline.rl.handover import Shelf, card, from_arrays
 WEIGHTS = {"a.weight": torch.randn(3, 5), "b": torch.randn(7), "c.weight": torch.randn(2, 2, 4)}
 
 
+def put(shelf, weights):
+    """In another order than the shelf's."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shelf.put(reversed(weights.items()), shapes)
+
+
 def answer(tickets, answers):
     """Sums of the tensors of each ticket, as this process sees them."""
     for ticket in iter(tickets.get, None):
@@ -19,7 +25,7 @@ def answer(tickets, answers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_arrays_give_the_weights_back(dtype):
     shelf = Shelf(dtype)
-    shelf.put(WEIGHTS)
+    put(shelf, WEIGHTS)
     back = from_arrays(shelf.arrays())
     assert list(back) == list(WEIGHTS)
     for name, tensor in WEIGHTS.items():
@@ -29,8 +35,8 @@ def test_arrays_give_the_weights_back(dtype):
 
 def test_a_second_policy_of_another_shape_is_set_out_too():
     shelf = Shelf(torch.float32)
-    shelf.put(WEIGHTS)
-    shelf.put({"a.weight": torch.ones(4, 4)})
+    put(shelf, WEIGHTS)
+    put(shelf, {"a.weight": torch.ones(4, 4)})
     assert {name: t.sum().item() for name, t in shelf.tensors().items()} == {"a.weight": 16}
 
 
@@ -46,7 +52,7 @@ def test_another_process_maps_what_was_published_last(device):
     reader.start()
     shelf = Shelf(torch.bfloat16)
     for scale in (1, 2):
-        shelf.put({name: scale * tensor.to(device) for name, tensor in WEIGHTS.items()})
+        put(shelf, {name: scale * tensor.to(device) for name, tensor in WEIGHTS.items()})
         tickets.put(shelf.ticket())
         seen = answers.get(timeout=120)
         want = {name: (tuple(t.shape), (scale * t).bfloat16().double().sum().item()) for name, t in WEIGHTS.items()}

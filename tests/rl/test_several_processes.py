@@ -131,6 +131,8 @@ def in_two(roles, cfg, batches):
     metrics = []
     for batch in batches:
         first, second = ray.get([learner.update.remote(batch) for learner in roles.learners], timeout=300)
+        for each in (first, second):
+            assert each.pop("time/update_seconds") > 0
         assert first == second
         metrics.append(first)
     ray.get([learner.publish.remote() for learner in roles.learners])

@@ -32,6 +32,9 @@ class Bench:
         self.codec = Codec(self.config.policy.path)
         with Path(settings["data"]).open(encoding="utf-8") as file:
             self.rows = [json.loads(line) for line in file]
+        longest = settings["max_prompt_tokens"]
+        if longest:
+            self.rows = [row for row in self.rows if len(self.codec.encode(row["problem"])) <= longest]
         self.warmup, self.steps = settings["warmup"], settings["steps"]
 
     @property
@@ -66,7 +69,7 @@ def run_config(settings: dict[str, Any], engine: str) -> RunConfig:
         "prompts_per_step": settings["prompts"],
         "completions_per_prompt": settings["completions"],
         "max_new_tokens": settings["max_new_tokens"],
-        "slots": settings["prompts"] * settings["completions"],
+        "slots": settings["slots"] or settings["prompts"] * settings["completions"],
         "precision": precision,
     }
     learner = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +30,33 @@ def native(settings: dict[str, Any], keep: Keep) -> None:
         rates = None  # the floors are those of full attention
     _all_rows(*last, keep, rates)
     if rates is not None:
-        _decode_floor(*last, keep, rates)
+        bench, engine, _, groups = last
+        _decode_floor(bench, engine, groups, keep, rates)
+
+
+def native_alone(settings: dict[str, Any], keep: Keep) -> None:
+    """Our engine answers each step's prompts; nothing is learnt. The rollout's share of the floor is that of the last
+    window, answered once more."""
+    keep({"machine": machine()})
+    rates = floors.Rates.measure()
+    bench = Bench(settings)
+    config = bench.config
+    began = time.perf_counter()
+    engine = make_engine(config, config.policy.path, config.policy.attention, bench.codec, DEVICE)
+    keep({"engine": "native", "start_seconds": time.perf_counter() - began})
+    steps: list[dict[str, float]] = []
+    groups: list[Group] = []
+    for window in bench.order:
+        began = now()
+        groups = list(_answers(bench, engine, window))
+        seconds = now() - began
+        tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+        steps.append({"rollout": seconds, "completion_tokens": tokens, "rollout_tokens_per_second": tokens / seconds})
+        keep(bench.summary(steps) | {"torch_peak_gib": peak_gib()})
+    if rates is not None and config.policy.attention != "nsa":
+        keep({"rates": {"matmul_tflops": rates.flops / 1e12, "copy_tb_s": rates.copied / 1e12}})
+        groups.sort(key=lambda group: group.prompt.index)
+        _decode_floor(bench, engine, groups, keep, rates)
 
 
 def vllm(settings: dict[str, Any], keep: Keep) -> None:
@@ -57,15 +84,9 @@ def _ours(bench: Bench, keep: Keep, name: str) -> tuple[Bench, Any, Learner, lis
 def _our_step(
     bench: Bench, engine: RolloutEngine, learner: Learner, graders: Graders, window: int
 ) -> tuple[dict[str, float], list[Group]]:
-    settings = bench.config.rollout
     began = now()
-    prompts = [
-        Prompt(index, row["id"], bench.codec.encode(row["problem"]), row["problem"], row["answer"], key=window)
-        for index, row in enumerate(bench.problems(window))
-    ]
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=0)
     groups, verdicts = [], []
-    for group in engine.generate(prompts, settings.completions_per_prompt, sampling):
+    for group in _answers(bench, engine, window):
         groups.append(group)
         verdicts.append(graders.submit([(c.text, group.prompt.gold) for c in group.completions]))
     rolled_out = now()
@@ -85,7 +106,7 @@ def _our_step(
         "update": updated - rewarded,
         "sync": synced - updated,
         "completion_tokens": tokens,
-        "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
+        "prompt_tokens": sum(len(group.prompt.token_ids) for group in groups),
         "rollout_tokens_per_second": tokens / (rolled_out - began),
         "reward": statistics.fmean(r for group in groups for r in group.rewards),
         "groups_with_signal": sum(len(set(group.rewards)) > 1 for group in groups),
@@ -93,6 +114,17 @@ def _our_step(
         "ratio_mean": metrics["learner/ratio_mean"],
     }
     return record, groups
+
+
+def _answers(bench: Bench, engine: RolloutEngine, window: int) -> Iterator[Group]:
+    """The groups of one window's problems, in any order."""
+    settings = bench.config.rollout
+    prompts = [
+        Prompt(index, row["id"], bench.codec.encode(row["problem"]), row["problem"], row["answer"], key=window)
+        for index, row in enumerate(bench.problems(window))
+    ]
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=0)
+    return engine.generate(prompts, settings.completions_per_prompt, sampling)
 
 
 def _all_rows(
@@ -118,9 +150,7 @@ def _all_rows(
     keep(record)
 
 
-def _decode_floor(
-    bench: Bench, engine: Any, learner: Learner, groups: list[Group], keep: Keep, rates: floors.Rates
-) -> None:
+def _decode_floor(bench: Bench, engine: Any, groups: list[Group], keep: Keep, rates: floors.Rates) -> None:
     """The rollout once more, on the weights of the last step, and one captured step of all slots by itself."""
     config = bench.config.rollout
     prompts = [group.prompt for group in groups]

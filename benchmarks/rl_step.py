@@ -3,10 +3,11 @@
     PYTHONPATH=. python benchmarks/rl_step.py --data gsm8k/train.jsonl --out benchmarks/results/rl_step.json
 
     native        our learner, our engine
+    native-alone  our engine answers the same prompts, nothing is learnt: rollout only
     vllm          our learner, vLLM as engine
     trl-vllm      TRL's GRPOTrainer, vLLM colocated
     trl-generate  TRL's GRPOTrainer, transformers' generate
-    vllm-alone    vLLM answers the same prompts, nothing is learnt: rollout only
+    vllm-alone    the same by vLLM
 
 **The work** is the same for all: a policy (SmolLM2-135M-Instruct), the same GSM8K prompts in the same chat template, 64
 prompts x 8 completions a step, at most 256 new tokens, temperature 1, the same verifier as reward in as many processes,
@@ -46,6 +47,7 @@ from benchmarks.processes import failure, run_alone, run_each
 
 MODES = {
     "native": "benchmarks.rl_ours:native",
+    "native-alone": "benchmarks.rl_ours:native_alone",
     "vllm": "benchmarks.rl_ours:vllm",
     "trl-vllm": "benchmarks.rl_others:trl_vllm",
     "trl-generate": "benchmarks.rl_others:trl_generate",
@@ -54,6 +56,7 @@ MODES = {
 USUAL = ["native", "trl-vllm", "trl-generate", "vllm-alone"]
 PACKAGES = {
     "native": [],
+    "native-alone": [],
     "vllm": ["vllm"],
     "trl-vllm": ["trl", "datasets", "vllm"],
     "trl-generate": ["trl", "datasets"],
@@ -95,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompts", type=int, default=64)
     made.add_argument("--completions", type=int, default=8)
     made.add_argument("--max-new-tokens", type=int, default=256)
+    made.add_argument("--slots", type=int, help="completions under way at once, of engines that ask; default: all")
+    made.add_argument("--max-prompt-tokens", type=int, help="leave out problems with longer prompts, in every mode")
     made.add_argument("--tokens-per-microbatch", type=int, default=32768, help="of our learner")
     made.add_argument("--liger", action="store_true", help="liger-kernel in our learner")
     made.add_argument("--optimizer", default="adamw", help="learner.optimizer of ours")
@@ -161,6 +166,14 @@ def shown(mode: str, record: dict[str, Any]) -> Iterator[str]:
 
 def compared(modes: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Ratios to our native mode, in seconds a step and in completion tokens a second."""
+    for mode in ("native", "native-alone"):
+        here = modes.get(mode, {}).get("median", {}).get("rollout_tokens_per_second")
+        for name in ("with_logprobs", "tokens_only"):
+            alone = modes.get("vllm-alone", {}).get(name, {}).get("median")
+            if here and alone:
+                there = alone["rollout_tokens_per_second"]
+                rates = f"{here:,.0f}, {there:,.0f}; {here / there:.2f}x"
+                yield f"rollout, {mode} and vLLM alone ({name}), tokens/s: {rates}"
     ours = modes.get("native", {}).get("median")
     if ours is None:
         return
@@ -177,11 +190,6 @@ def compared(modes: dict[str, dict[str, Any]]) -> Iterator[str]:
         if whole:
             step = ours["step"] - ours["update"] + min(whole)
             yield f"  with every group in native's update: {other['step'] / step:.2f}x ({step:.3f} s)"
-    for name in ("with_logprobs", "tokens_only"):
-        alone = modes.get("vllm-alone", {}).get(name, {}).get("median")
-        if alone:
-            here, there = ours["rollout_tokens_per_second"], alone["rollout_tokens_per_second"]
-            yield f"rollout, native and vLLM alone ({name}), tokens/s: {here:,.0f}, {there:,.0f}; {here / there:.2f}x"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 The policy has Qwen2.5-1.5B's shape and random weights, so every completion has --max-new-tokens tokens and every group
 is in the update; rewards are made up. On n GPUs, learner i and rollout worker i share GPU i; learners shard parameters,
 gradients and optimizer over NCCL. `apart` has the learner on one GPU and the rollout worker on another. The work of a
-step is the same for all. The first step, which compiles and captures, is not counted.
+step is the same for all. The first step, which compiles and captures, is not counted; nor are records and checkpoints,
+which are not written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--completions", type=int, default=8)
     made.add_argument("--max-new-tokens", type=int, default=256)
     made.add_argument("--tokens-per-microbatch", type=int, default=16384)
-    made.add_argument("--steps", type=int, default=4)
+    made.add_argument("--steps", type=int, default=4, help="that are counted")
     made.add_argument("--layout-seconds", type=float, default=300, help="a layout's process is killed after so many")
     made.add_argument("--out", type=Path)
     return made
@@ -60,47 +62,61 @@ def varied(verdict: Any, response: str, truncated: bool) -> float:
 
 
 def measure(settings: dict[str, Any], keep: Keep) -> None:
-    from rich.console import Console
-
+    """Steps as a run takes them, without its records and checkpoints."""
     from benchmarks.rl_bench import machine
     from benchmarks.weight_sync import make_policy
+    from plumbline.rl.batch import Prompt, Sampling
     from plumbline.rl.cluster import Roles
-    from plumbline.rl.loop import train
-    from plumbline.rl.output import prepare_output
+    from plumbline.rl.records import training_batch
     from plumbline.rl.tasks import training_tasks
-    from plumbline.rl.telemetry import read_metrics
     from plumbline.rl.text import Codec
 
     keep({"machine": machine()})
     make_policy(settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        run = config(settings, Path(scratch) / "run")
-        prepare_output(run.folder, 1 << 20, resume=False, overwrite=False)
-        tasks, _ = training_tasks(run, Codec(run.policy.path))
-        with Roles.start(run) as roles:
-            train(run, roles, tasks, Console(stderr=True))
-        rows = read_metrics(run.folder)
-    names = {
-        "step_seconds": lambda row: row["time/step_seconds"],
-        "rollout_seconds": lambda row: row["time/rollout_seconds"],
-        "update_seconds": lambda row: row["time/update_seconds"],
-        "sync_seconds": lambda row: row["time/sync_seconds"],
-        "rollout_tokens_per_second": lambda row: row["rollout/tokens_per_second"],
-    }
-    steps = [{name: of(row) for name, of in names.items()} for row in rows]
-    counted = steps[1:]
-    keep(
-        {
-            "steps": steps,
-            "median": {name: statistics.median(step[name] for step in counted) for name in names},
-            "loss": [row["learner/loss"] for row in rows],
-            "gradient_norm": [row["learner/gradient_norm"] for row in rows],
-            "completion_tokens": rows[-1]["rollout/completion_tokens"],
-        }
-    )
+    run = config(settings)
+    tasks = list(training_tasks(run, Codec(run.policy.path))[0].tasks.values())
+    steps: list[dict[str, float]] = []
+    began = time.perf_counter()
+    with Roles.start(run) as roles:
+        roles.begin(run)
+        roles.sync()
+        keep({"start_seconds": time.perf_counter() - began})
+        for step in range(1 + settings["steps"]):
+            first = step * settings["prompts"]
+            asked = [tasks[row % len(tasks)] for row in range(first, first + settings["prompts"])]
+            prompts = [
+                Prompt(index, task.problem.id, task.token_ids, task.problem.problem, task.problem.answer, key=step)
+                for index, task in enumerate(asked)
+            ]
+            clock = time.perf_counter()
+            sampling = Sampling(settings["max_new_tokens"], seed=step)
+            groups = list(roles.graded_groups(prompts, settings["completions"], sampling))
+            rolled = time.perf_counter()
+            groups.sort(key=lambda group: group.prompt.index)
+            metrics = roles.update(training_batch(groups))()
+            updated = time.perf_counter()
+            roles.sync()
+            end = time.perf_counter()
+            tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+            steps.append(
+                {
+                    "step_seconds": end - clock,
+                    "rollout_seconds": rolled - clock,
+                    "update_seconds": updated - rolled,
+                    "sync_seconds": end - updated,
+                    "completion_tokens": tokens,
+                    "rollout_tokens_per_second": tokens / (rolled - clock),
+                    "loss": metrics["learner/loss"],
+                    "gradient_norm": metrics["learner/gradient_norm"],
+                }
+            )
+            counted = steps[1:]
+            if counted:
+                keep({"median": {name: statistics.median(step[name] for step in counted) for name in steps[0]}})
+            keep({"steps": steps})
 
 
-def config(settings: dict[str, Any], folder: Path) -> Any:
+def config(settings: dict[str, Any]) -> Any:
     from benchmarks.rl_bench import DEVICE
     from plumbline.rl.config import parse_config
 
@@ -111,8 +127,6 @@ def config(settings: dict[str, Any], folder: Path) -> Any:
     return parse_config(
         {
             "name": "several_gpus",
-            "output": str(folder),
-            "steps": settings["steps"],
             "policy": {"path": settings["policy"], "device": DEVICE},
             "data": {"source": "procedural:train", "limit": 1000},
             "rollout": {
@@ -136,8 +150,6 @@ def config(settings: dict[str, Any], folder: Path) -> Any:
                 "shaping": "benchmarks.several_gpus:varied",
                 "checking": {"share": 0},
             },
-            # The one at the end is more than the measurement is about; its write is awaited after the last step.
-            "checkpoint": {"every_steps": settings["steps"], "keep": 1},
             "ray": {"dashboard": False},
         }
     )

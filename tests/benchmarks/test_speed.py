@@ -1,11 +1,11 @@
-"""rl_step.py, long_rollout.py and weight_sync.py on small policies on a CPU."""
+"""rl_step.py, several_gpus.py, long_rollout.py and weight_sync.py on small policies on a CPU."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import long_rollout, rl_step, weight_sync
+from benchmarks import long_rollout, rl_ours, rl_step, several_gpus, weight_sync
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes for a CPU")
 
@@ -63,6 +63,36 @@ def test_a_mode_that_fails_is_named_and_costs_no_other_its_figures(problems, tmp
     assert added == made | {"trl-vllm": {"failed": "not installed: no_other_package"}}
     with pytest.raises(SystemExit, match="other work"):
         rl_step.main(again)
+
+
+def test_the_engine_alone_answers_what_is_not_too_long(problems, capsys):
+    from benchmarks.rl_bench import Bench
+
+    arguments = vars(rl_step.parser().parse_args([*WORK, "--data", str(problems), "--slots", "2", "--warmup", "1"]))
+    lengths = [len(Bench(arguments).codec.encode(f"What is {i} + 1?")) for i in range(6)]
+    with problems.open("a") as file:
+        file.write(json.dumps({"id": "long", "problem": "1 + " * 50, "answer": "1"}) + "\n")
+    settings = arguments | {"max_prompt_tokens": max(lengths), "steps": 2}
+    assert [row["id"] for row in Bench(settings).rows] == [f"p{i}" for i in range(6)]
+    record = {}
+    rl_ours.native_alone(settings, record.update)
+    assert len(record["steps"]) == 2
+    for step in record["steps"]:
+        assert 4 <= step["completion_tokens"] <= 16
+        assert step["rollout_tokens_per_second"] == pytest.approx(step["completion_tokens"] / step["rollout"])
+    alone = {
+        "with_logprobs": {"median": {"rollout_tokens_per_second": record["median"]["rollout_tokens_per_second"] / 2}}
+    }
+    (line,) = rl_step.compared({"native-alone": record, "vllm-alone": alone})
+    assert line.endswith("2.00x")
+
+
+@pytest.mark.parametrize(("layout", "workers"), [("1", 1), ("2", 2), ("apart", 1)])
+def test_the_work_of_a_step_is_the_same_on_any_number_of_gpus(layout, workers):
+    settings = vars(several_gpus.parser().parse_args(["--policy", "embedded"])) | {"layout": layout}
+    run = several_gpus.config(settings)
+    assert run.learner.workers == run.rollout.workers == workers
+    assert run.rollout.slots * workers == 512 == run.rollout.prompts_per_step * run.rollout.completions_per_prompt
 
 
 def test_measured_steps_see_the_same_prompts_however_many_warm_up(problems):

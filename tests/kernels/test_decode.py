@@ -148,8 +148,24 @@ def test_rings_hold_what_decoding_reads(definition, name, prompts, new):
 @torch.no_grad()
 def test_triton_rings_hold_what_decoding_reads(definition, name, lengths, prompts, new):
     config = RINGS[name][0]
-    shape = (2, 1, 16, 16)
+    shape = (2, 2, 16, 24)
     check_decode(definition, config, lengths, prompts, "triton", new=new, paged=False, shape=shape, room=30)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+@torch.no_grad()
+def test_triton_programs_may_run_in_any_order(definition, monkeypatch, name):
+    """From the last to the first: none writes to a ring what another one of the same launch still reads there."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_index = interpreter_builder.set_grid_idx
+
+    def backwards(*index):
+        set_index(*(size - 1 - i for size, i in zip(interpreter_builder.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
+    lengths, prompts = [44, 34, 17], [32, 22, 5]
+    check_decode(definition, CONFIGS[name], lengths, prompts, "triton", new=6, paged=False, shape=(2, 2, 16, 24))
 
 
 def test_rings_are_the_smallest_that_suffice():

@@ -9,9 +9,13 @@ from functools import partial
 import pytest
 import torch
 
+from plumbline.models.cache import PolicyCache
 from plumbline.models.config import PolicyConfig
+from plumbline.models.load import policy_config
 from plumbline.models.policy import Policy
 from plumbline.rl.batch import Prompt, Sampling
+from plumbline.rl.config import parse_config
+from plumbline.rl.plan import make_plan
 from plumbline.rl.rollout import graphed, steps
 from plumbline.rl.rollout.graphed import Decoder
 from plumbline.rl.rollout.native import NativeEngine
@@ -126,3 +130,18 @@ def test_triton_steps_of_copied_and_reused_slots(name, monkeypatch):
         for slot, token_ids, logprobs in ended:
             want = forward_logprobs(policy, prompts[slot // 2].tolist(), token_ids)
             torch.testing.assert_close(torch.tensor(logprobs), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["full", "nsa"])
+def test_the_plan_counts_what_a_cache_takes(attention, tmp_path):
+    policy = make_policy(SHAPES["small"])
+    policy.config.attention = attention
+    policy.config.save_pretrained(tmp_path)
+    config = parse_config({"name": "x", "steps": 1, "policy": {"path": str(tmp_path), "device": "cpu"}})
+    plan = make_plan(config)
+    shape = policy_config(str(tmp_path), attention=None)
+    assert shape.attention == attention
+    longest = config.prompt.max_tokens + config.rollout.max_new_tokens
+    cache = PolicyCache(shape, config.rollout.slots, longest, dtype=torch.float32, device="meta")
+    taken = sum(tensor.nbytes for layer in cache.layers for tensor in layer.tensors())
+    assert plan.rollout == 4 * plan.parameters + taken

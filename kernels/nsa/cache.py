@@ -288,8 +288,8 @@ class DecodePlan:
         slots = self.slots if rows is None else self.slots[rows]
         size = store.shape[2]
         if self.page is None:
-            # Rings alone are shorter than a sequence may be.
-            return slots[:, None], at % size
+            # Of the raw stores, rings alone may be shorter than a sequence; what is never beyond `size` stays as it is.
+            return slots[:, None], at if size >= self.longest else at % size
         return slots.gather(1, at // size), at % size
 
     def write(self, store: Tensor, at: Tensor, x: Tensor, rows: Tensor | None = None) -> None:

@@ -63,12 +63,12 @@ class FullAttention(Attention):
         cos: Tensor,
         sin: Tensor,
         layout: Layout,
-        store: tuple[FullCache, Tensor] | None,
+        store: tuple[FullCache, Tensor, Tensor] | None,
         *_: Tensor | None,
     ) -> Tensor:
         q, [(k, v)] = self.project(x, cos, sin)
         if store is not None:
-            cache, slots = store
+            cache, slots, _lengths = store
             cache.k[slots, :, : layout.longest] = layout.pad(k).to(cache.k.dtype)
             cache.v[slots, :, : layout.longest] = layout.pad(v).to(cache.v.dtype)
         out = F.scaled_dot_product_attention(
@@ -136,11 +136,12 @@ class SparseAttention(Attention):
         cos: Tensor,
         sin: Tensor,
         layout: Layout,
-        store: tuple[NSACache, Tensor] | None,
+        store: tuple[NSACache, Tensor, Tensor] | None,
         replay: Tensor | None = None,
         record: Tensor | None = None,
     ) -> Tensor:
-        """replay [T, Hkv, count] int32: blocks to attend to instead of choosing; record, the same, takes those used."""
+        """store: what to fill, the slots [B] of the sequences, and their lengths [B] without layout's padding.
+        replay [T, Hkv, count] int32: blocks to attend to instead of choosing; record, the same, takes those used."""
         q, (cmp, slc, win) = self.project(x, cos, sin)
         gates = self.gates(x)
         if self.observer is not None:
@@ -149,8 +150,8 @@ class SparseAttention(Attention):
         with torch.autocast(x.device.type, enabled=False):
             phi = self.phi(q.dtype)
             if store is not None:
-                cache, slots = store
-                cache.prefill(slots, cmp, slc, win, layout, phi)
+                cache, slots, lengths = store
+                cache.prefill(slots, cmp, slc, win, layout, phi, lengths)
             out, blocks = native_sparse_attention(
                 q,
                 cmp,

@@ -82,5 +82,6 @@ class PolicyCache:
         used = int(self.lengths[sources].max()) if sources.numel() else 0
         for layer in self.layers:
             for tensor in layer.tensors():
+                # Of a ring shorter than `used`, all of it.
                 tensor[targets, :, :used] = tensor[sources, :, :used]
         self.lengths[targets] = self.lengths[sources]

@@ -72,6 +72,7 @@ class GenerationCache:
         self.store.lengths.copy_(old.lengths)
         for new_layer, layer in zip(self.store.layers, old.layers, strict=True):
             for new, tensor in zip(new_layer.tensors(), layer.tensors(), strict=True):
+                # A ring grows only while it is shorter than its places, and then no token has gone round it.
                 new[:, :, : tensor.shape[2]] = tensor
 
     @staticmethod

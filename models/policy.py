@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         if replay is not None:
             replay = pad_blocks(replay, packed)
         for number, layer in enumerate(self.layers):
-            kept = (store[0].layers[number], store[1]) if store is not None else None
+            kept = (store[0].layers[number], store[1], packed.lengths) if store is not None else None
             blocks = replay[:, number].contiguous() if replay is not None else None
             if self.gradient_checkpointing and self.training and kept is None:
                 x = checkpoint(layer, x, cos, sin, layout, None, blocks, use_reentrant=False)

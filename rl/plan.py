@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from plumbline.kernels.nsa.cache import slot_rows
 from plumbline.models.config import PolicyConfig
 from plumbline.models.load import policy_config
 from plumbline.rl.config import RunConfig
@@ -53,10 +54,10 @@ def make_plan(config: RunConfig, *, training_runs: int = 1) -> Plan:
     shape = policy_config(config.policy.path, attention=config.policy.attention)
     parameters = count_parameters(shape)
     heads, dim, layers = shape.num_key_value_heads, shape.head_dim, shape.num_hidden_layers
-    branches = 3 if shape.attention == "nsa" else 1
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
+    rows = sum(slot_rows(shape.nsa_config, longest).values()) if shape.attention == "nsa" else longest
     rollout_width = 2 if config.rollout.precision == "bfloat16" else 4
-    cache = config.rollout.slots * longest * layers * heads * dim * 2 * branches * rollout_width
+    cache = config.rollout.slots * rows * layers * heads * dim * 2 * rollout_width
     width = 2 if config.learner.precision == "bfloat16" else 4
     kept = 2 if config.learner.gradient_checkpointing else 34
     activations = config.learner.tokens_per_microbatch * shape.hidden_size * layers * kept * width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,6 +16,25 @@ from plumbline.kernels.nsa.reference import compress_padded
 BRANCHES = ("cmp", "slc", "win")
 
 
+def ring_places(config: NSAConfig, new: int) -> dict[str, int]:
+    """Places of the rings that hold what a step of `new` tokens a sequence reads of the raw keys of `cmp` and `win`.
+
+    A ring must hold the step's first token's window, or the block that it completes, beside the step's last token:
+    programs of one launch write new tokens while others read old ones. Powers of two, so that kernels find a token's
+    place with one AND.
+    """
+    return {
+        branch: 1 << (reach + new - 2).bit_length() for branch, reach in (("cmp", config.block), ("win", config.window))
+    }
+
+
+def slot_rows(config: NSAConfig, max_length: int, new: int = 1) -> dict[str, int]:
+    """Rows of keys, and of values, that a slot of max_length tokens takes in `cmp`, `slc`, `win` and `blocks`."""
+    rings = ring_places(config, new)
+    rows = {branch: min(max_length, rings.get(branch, max_length)) for branch in BRANCHES}
+    return rows | {"blocks": int(block_counts(torch.tensor(max_length), config.block, config.stride))}
+
+
 @dataclass
 class NSAStores:
     """Where a layer's keys and values lie, whoever owns the memory.
@@ -26,6 +45,9 @@ class NSAStores:
         raw: `cmp`, `slc`, `win` -> (k [slots or pages, Hkv, L, Dqk], v [slots or pages, Hkv, L, Dv]).
         blocks: (k [slots or pages, Hkv, N, Dqk], v [slots or pages, Hkv, N, Dv]).
         shift: compressed block i is entry i + shift of a sequence's.
+        rings: of the raw stores in which token t is row t % places, the places. A store shorter than that holds whole
+            sequences.
+        new: most tokens of a sequence that a step may append; None: any number.
     """
 
     config: NSAConfig
@@ -33,13 +55,17 @@ class NSAStores:
     raw: dict[str, tuple[Tensor, Tensor]]
     blocks: tuple[Tensor, Tensor]
     shift: int = 0
+    rings: dict[str, int] = field(default_factory=dict)
+    new: int | None = None
 
 
 class NSACache(NSAStores):
     """Keys and values of one layer: raw for the three branches, compressed for the first.
 
-    In slots, `slots` sequences own max_length tokens each. In pages (`page` tokens each, `slots` of them), a sequence
-    owns the pages that its page table names; compressed block i lives in the page of its first token.
+    In slots, each of `slots` sequences owns max_length tokens of `slc`, their compressed blocks, and rings of `cmp` and
+    `win` (see ring_places): nothing reads what is in compressed blocks or has left the window. In pages (`page` tokens
+    each, `slots` of them), a sequence owns the pages that its page table names, for all tokens of all branches;
+    compressed block i lives in the page of its first token.
 
     Args:
         slots: sequences, or pages.
@@ -47,10 +73,11 @@ class NSACache(NSAStores):
         kv_heads, dim_k, dim_v: heads and head dims.
         config: see NSAConfig.
         page: tokens of a page, a multiple of the stride; None: slots.
+        new: most tokens of a sequence that a step will append. Slots alone need to know.
         dtype, device: of the tensors.
 
     Attributes:
-        raw: `cmp`, `slc`, `win` -> (k [slots, Hkv, L, Dqk], v [slots, Hkv, L, Dv]), L being max_length or page.
+        raw: `cmp`, `slc`, `win` -> (k [slots, Hkv, L, Dqk], v [slots, Hkv, L, Dv]), L being page, or as in slot_rows.
         blocks: (k [slots, Hkv, N, Dqk], v [slots, Hkv, N, Dv]). Where phi is linear or a mean, the keys leave out
             k_position: it adds one vector to all of them, which no softmax sees.
     """
@@ -65,21 +92,28 @@ class NSACache(NSAStores):
         config: NSAConfig,
         *,
         page: int | None = None,
+        new: int = 1,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         if page is not None and (page < 1 or page % config.stride):
             raise ValueError(f"page must be a positive multiple of stride ({config.stride}), got {page}")
-        length = max_length if page is None else page
-        blocks = int(block_counts(torch.tensor(max_length), config.block, config.stride))
+        if new < 1:
+            raise ValueError(f"new must be at least 1, got {new}")
+        if page is None:
+            rows, rings = slot_rows(config, max_length, new), ring_places(config, new)
+        else:
+            rows, rings = dict.fromkeys(BRANCHES, page) | {"blocks": page // config.stride}, {}
 
-        def make(rows: int, dim: int) -> Tensor:
-            return torch.zeros(slots, kv_heads, rows, dim, dtype=dtype, device=device)
+        def make(store: str) -> tuple[Tensor, Tensor]:
+            k, v = (
+                torch.zeros(slots, kv_heads, rows[store], dim, dtype=dtype, device=device) for dim in (dim_k, dim_v)
+            )
+            return k, v
 
         self.max_length = max_length
-        count = blocks if page is None else page // config.stride
-        raw = {branch: (make(length, dim_k), make(length, dim_v)) for branch in BRANCHES}
-        super().__init__(config, page, raw, (make(count, dim_k), make(count, dim_v)))
+        raw = {branch: make(branch) for branch in BRANCHES}
+        super().__init__(config, page, raw, make("blocks"), rings=rings, new=new if page is None else None)
 
     def tensors(self) -> list[Tensor]:
         """All storage, slots first."""
@@ -93,14 +127,16 @@ class NSACache(NSAStores):
         kv_win: tuple[Tensor, Tensor],
         layout: Layout,
         params: PhiParams,
+        lengths: Tensor | None = None,
     ) -> None:
         """Fill empty slots [B] (or the pages of a page table [B, n]) with whole packed prompts.
 
-        k/v [T, Hkv, D] as in native_sparse_attention.
+        k/v [T, Hkv, D] as in native_sparse_attention. lengths [B] int64: of the prompts, where layout's sequences hold
+        padding after them; None: layout's own.
         """
         if layout.longest > self.max_length:
             raise ValueError(f"a prompt of {layout.longest} tokens does not fit a cache of {self.max_length}")
-        config = self.config
+        config, lengths = self.config, layout.lengths if lengths is None else lengths
         pairs = [
             (store, layout.pad(x))
             for branch, pair in zip(BRANCHES, (kv_cmp, kv_slc, kv_win), strict=True)
@@ -113,15 +149,27 @@ class NSACache(NSAStores):
         for number, (store, x) in enumerate(pairs):
             if self.page is None:
                 # Rows past a prompt's end are garbage that the next tokens overwrite before anything reads them.
-                store[slots, :, : x.shape[2]] = x.to(store.dtype)
+                kept = x if x.shape[2] <= store.shape[2] else last_tokens(x, lengths, store.shape[2])
+                store[slots, :, : kept.shape[2]] = kept.to(store.dtype)
                 continue
             # Pages past a prompt's end may be anyone's.
             stride = 1 if number < 2 * len(BRANCHES) else config.stride
             at = torch.arange(x.shape[2], device=x.device)
-            reach = layout.lengths if stride == 1 else block_counts(layout.lengths, config.block, stride)
+            reach = lengths if stride == 1 else block_counts(lengths, config.block, stride)
             b, i = (at < reach[:, None]).nonzero(as_tuple=True)
             size = store.shape[2]
             store[slots[b, i // size], :, i % size] = x[b, :, i].to(store.dtype)
+
+
+def last_tokens(x: Tensor, lengths: Tensor, places: int) -> Tensor:
+    """x [B, H, L, D], of which each sequence has lengths [B] -> [B, H, places, D]: what a ring holds after them.
+
+    Each place takes the last token that falls on it; one that no token has come to yet takes the first token.
+    """
+    newest = lengths[:, None] - 1
+    tokens = newest - (newest - torch.arange(places, device=x.device)) % places
+    batch = torch.arange(len(x), device=x.device)[:, None]
+    return x[batch, :, tokens.clamp(min=0)].transpose(1, 2)
 
 
 class DecodePlan:
@@ -238,9 +286,10 @@ class DecodePlan:
     def place(self, store: Tensor, at: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(slot or page, row in it) of tokens, or of compressed blocks, `at` [R, n] (rows: of these plan rows)."""
         slots = self.slots if rows is None else self.slots[rows]
-        if self.page is None:
-            return slots[:, None], at
         size = store.shape[2]
+        if self.page is None:
+            # Of the raw stores, rings alone may be shorter than a sequence; what is never beyond `size` stays as it is.
+            return slots[:, None], at if size >= self.longest else at % size
         return slots.gather(1, at // size), at % size
 
     def write(self, store: Tensor, at: Tensor, x: Tensor, rows: Tensor | None = None) -> None:

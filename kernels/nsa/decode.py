@@ -43,6 +43,11 @@ def decode_step(
         raise ValueError(f"q has {q.shape[0]} rows, the plan {len(plan.position)}")
     if plan.page != cache.page:
         raise ValueError(f"the plan is for pages of {plan.page} tokens, the cache has {cache.page}")
+    if cache.new is not None and plan.new > cache.new:
+        raise ValueError(f"the plan appends {plan.new} tokens a sequence, the cache is made for new = {cache.new}")
+    if cache.page is None and plan.longest > cache.raw["slc"][0].shape[2]:
+        held = cache.raw["slc"][0].shape[2]
+        raise ValueError(f"the plan is for sequences of {plan.longest} tokens, the cache holds {held}")
     scale = config.scale if config.scale is not None else 1 / math.sqrt(q.shape[-1])
     if use_triton(backend, q, config.select_block):
         from plumbline.kernels.nsa.triton_backend.decode import decode

@@ -23,11 +23,11 @@ def take(pair, rows):
     return pair[0][rows], pair[1][rows]
 
 
-def make_cache(kv_heads, dk, dv, config, dtype, page):
+def make_cache(kv_heads, dk, dv, config, dtype, page, new=1):
     """(cache, slots or page table), of shuffled slots or pages; what is not theirs is NaN."""
     longest, batch = max(LENGTHS), len(LENGTHS)
     slots = batch + 1 if page is None else batch * (longest // page) + 1
-    cache = NSACache(slots, longest, kv_heads, dk, dv, config, page=page, dtype=dtype, device="cuda")
+    cache = NSACache(slots, longest, kv_heads, dk, dv, config, page=page, new=new, dtype=dtype, device="cuda")
     order = torch.randperm(slots, device="cuda")
     for tensor in cache.tensors():
         tensor[order[-1]] = torch.nan
@@ -42,7 +42,7 @@ def test_decode_equals_forward(definition, name):
     x = definition.make_inputs(LENGTHS, heads, kv_heads, dk, dv, config, seed=seed, dtype=dtype, device="cuda")
     params = PhiParams(*x.params)
     expected, blocks = attention(x.q, *x.kv, x.gates, x.cu_seqlens, params, config, return_blocks=True)
-    cache, slots = make_cache(kv_heads, dk, dv, config, dtype, page)
+    cache, slots = make_cache(kv_heads, dk, dv, config, dtype, page, new=4)
     starts, lengths = x.cu_seqlens[:-1].long(), torch.tensor(LENGTHS, device="cuda")
     out, chosen = torch.full_like(expected, torch.nan), torch.full_like(blocks, -2)
     t = 0

@@ -36,7 +36,8 @@ def test_small_decoding(definition, phi, page):
     x = definition.make_inputs(lengths, 6, 2, 64, 64, config, seed=3, device="cuda")
     params = PhiParams(*x.params)
     expected = attention(x.q, *x.kv, x.gates, x.cu_seqlens, params, config)
-    cache = NSACache(2 if page is None else 14, 400, 2, 64, 64, config, page=page, dtype=torch.float32, device="cuda")
+    options = {"page": page, "new": 4, "dtype": torch.float32, "device": "cuda"}
+    cache = NSACache(2 if page is None else 14, 400, 2, 64, 64, config, **options)
     slots = torch.arange(2, device="cuda") if page is None else torch.arange(14, device="cuda").view(2, 7)
     starts = x.cu_seqlens[:-1].long()
     for t in range(0, 224, 4):

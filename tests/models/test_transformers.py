@@ -53,17 +53,21 @@ def padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.T
     return ids, mask, prompts
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "use_cache"),
+    [([40, 3, 21], True), ([40, 3, 21], False), ([1, 3, 2], True)],
+    ids=["long", "all", "short"],
+)
 @torch.no_grad()
-def test_generate_is_greedy_decoding_of_each_prompt_alone(policy, use_cache, monkeypatch):
-    monkeypatch.setattr(generation, "SPARE_TOKENS", 4)  # the cache has to grow
-    ids, mask, prompts = padded([40, 3, 21])
+def test_generate_is_greedy_decoding_of_each_prompt_alone(policy, lengths, use_cache, monkeypatch):
+    monkeypatch.setattr(generation, "SPARE_TOKENS", 4)  # the cache has to grow; first one shorter than a window
+    ids, mask, prompts = padded(lengths)
     out = policy.generate(
         ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None, use_cache=use_cache
     )
-    assert out.shape == (3, 60)
+    assert out.shape == (3, ids.shape[1] + 20)
     for row, prompt in enumerate(prompts):
-        assert out[row, 40:].tolist() == greedy(policy, prompt, 20)
+        assert out[row, -20:].tolist() == greedy(policy, prompt, 20)
 
 
 @torch.no_grad()

@@ -45,6 +45,14 @@ def store_rows(ptr, offsets, ok, x, D: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(ptr + offsets[:, None] + c[None, :], x.to(ptr.dtype.element_ty), mask=ok[:, None] & (c < D)[None, :])
 
 
+@triton.jit
+def placed(at, RING: tl.constexpr):
+    """Rows of tokens `at` in a slot: places of a ring of RING, a power of two; 0: the store holds whole sequences."""
+    if RING > 0:
+        at = at & (RING - 1)
+    return at
+
+
 def pad_dim(d: int) -> int:
     # Not triton.next_power_of_2, whose wrapper takes the host microseconds, many times a layer.
     return max(16, 1 << (d - 1).bit_length())

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from plumbline.kernels.nsa.cache import BRANCHES, DecodePlan, NSAStores
 from plumbline.kernels.nsa.config import PhiParams, key_position
-from plumbline.kernels.nsa.triton_backend.common import LOG2E, exact, load_rows, pad_dim, precision, rows_contiguous
+from plumbline.kernels.nsa.triton_backend.common import (
+    LOG2E,
+    exact,
+    load_rows,
+    pad_dim,
+    placed,
+    precision,
+    rows_contiguous,
+)
 from plumbline.kernels.nsa.triton_backend.phi import append, second_layer
 from plumbline.kernels.nsa.triton_backend.scores import store_chosen
 
@@ -30,14 +38,16 @@ KEYS, WIDE_KEYS = 128, 64
 
 
 @triton.jit
-def cached_rows(table, at, ok, size, stride_p, stride_h, head, ROW: tl.constexpr, PAGED: tl.constexpr):
+def cached_rows(
+    table, at, ok, size, stride_p, stride_h, head, ROW: tl.constexpr, PAGED: tl.constexpr, RING: tl.constexpr = 0
+):  # fmt: skip
     """Element offsets of rows `at` of a sequence in a store [slots or pages, H, size, .] with rows ROW apart."""
     if PAGED:
         slot = tl.load(table + at // size, mask=ok, other=0).to(tl.int64)
         inside = at % size
     else:
         slot = tl.load(table).to(tl.int64)
-        inside = at
+        inside = placed(at, RING)
     return slot * stride_p + head * stride_h + inside.to(tl.int64) * ROW
 
 
@@ -103,7 +113,8 @@ def scan(
     q_t, q_h, table_t, win_t, size_b, kb_p, kb_h, vb_p, vb_h, size_r, kw_p, kw_h, vw_p, vw_h,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     W: tl.constexpr, SPILL: tl.constexpr, PER2: tl.constexpr, NS: tl.constexpr, PARTS: tl.constexpr,
-    WINDOW_PARTS: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, KR: tl.constexpr, VR: tl.constexpr,
+    WINDOW_PARTS: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, WIN_RING: tl.constexpr,
+    KR: tl.constexpr, VR: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PAGED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Parts [0, PARTS): NS selection blocks' compressed keys; then WINDOW_PARTS of the window.
@@ -150,8 +161,10 @@ def scan(
         if (first + KEYS > 0) & (first <= t):
             ok = (first + c >= 0) & (first + c <= t)
             win = win_ptr + row * win_t
-            k = load_rows(kw_ptr, cached_rows(win, first + c, ok, size_r, kw_p, kw_h, head, KR, PAGED), ok, DK, BK)
-            v = load_rows(vw_ptr, cached_rows(win, first + c, ok, size_r, vw_p, vw_h, head, VR, PAGED), ok, DV, BV)
+            at_k = cached_rows(win, first + c, ok, size_r, kw_p, kw_h, head, KR, PAGED, WIN_RING)
+            at_v = cached_rows(win, first + c, ok, size_r, vw_p, vw_h, head, VR, PAGED, WIN_RING)
+            k = load_rows(kw_ptr, at_k, ok, DK, BK)
+            v = load_rows(vw_ptr, at_v, ok, DV, BV)
             q = load_rows(q_ptr, at, g < GROUP, DK, BK)
             m, p, denominator, o = tile(q, k.to(q.dtype), v.to(q.dtype), ok, scale, PREC)
             store_part(
@@ -311,7 +324,8 @@ def decode(
         scale * LOG2E, q.stride(0), q.stride(1), tables["blocks"].stride(0), tables["win"].stride(0),
         k_blocks.shape[2], *k_blocks.stride()[:2], *v_blocks.stride()[:2],
         k_win.shape[2], *k_win.stride()[:2], *v_win.stride()[:2], **common, **sizes, PER2=per2, NS=ns, PARTS=parts,
-        WINDOW_PARTS=window_parts, WIDTH=width, SHIFT=cache.shift, **dims, num_warps=8,
+        WINDOW_PARTS=window_parts, WIDTH=width, SHIFT=cache.shift, WIN_RING=cache.rings.get("win", 0), **dims,
+        num_warps=8,
     )  # fmt: skip
     columns = min(bv, MERGED_COLUMNS)
     decide[(number, 1 + bv // columns)](
@@ -332,11 +346,11 @@ def decode(
 
 def row_strides(cache: NSAStores) -> dict[str, int]:
     """Elements from one row of keys, and of values, to the next. ValueError: stores laid out in different ways."""
-    layouts = {(tuple(k.stride()), tuple(v.stride()), k.shape[2]) for k, v in cache.raw.values()}
+    pages = {k.shape[2] for k, _ in cache.raw.values()} if cache.page is not None else {0}
     rows = {(k.stride(2), v.stride(2)) for k, v in (*cache.raw.values(), cache.blocks)}
     last = {x.stride(3) for pair in (*cache.raw.values(), cache.blocks) for x in pair}
-    if len(layouts) != 1 or len(rows) != 1 or last != {1}:
-        raise ValueError("the kernels need stores of the three branches with the same strides, and rows without gaps")
+    if len(pages) != 1 or len(rows) != 1 or last != {1}:
+        raise ValueError("the kernels need raw pages of one size, and rows of one stride without gaps")
     [(k, v)] = rows
     return {"KR": k, "VR": v}
 
@@ -360,17 +374,18 @@ def append_tokens(
     )
     tile = 16
     tiles = (triton.cdiv(dk, tile), triton.cdiv(dv, tile))
-    (k_blocks, v_blocks), store_k, store_v = cache.blocks, stores[0], stores[1]
+    k_blocks, v_blocks = cache.blocks
     table = tables["blocks"]
     raw_tables = [tables[branch] for branch in BRANCHES]
     shared = (table, plan.position, table.stride(0), k_blocks.shape[2], *k_blocks.stride()[:2], *v_blocks.stride()[:2])
     sizes = {"KV_HEADS": kv_heads, "L": config.block, "D": config.stride, "PAGED": plan.page is not None}
     sizes |= strides | {"SHIFT": cache.shift}
     append[(rows, kv_heads, 1 + sum(tiles))](
-        *inputs, *(stride for x in inputs for stride in x.stride()[:2]), *stores, store_k.shape[2],
-        *store_k.stride()[:2], *store_v.stride()[:2], k_weight, k_position, v_weight, v_position, k_blocks, v_blocks,
-        hidden, *raw_tables, *(x.stride(0) for x in raw_tables), *shared, **sizes, NEW=plan.new,
-        KIND=kind, HAS_KEY_POSITION=position is not None, DK=dk, DV=dv,
+        *inputs, *(stride for x in inputs for stride in x.stride()[:2]), *stores, stores[0].shape[2],
+        *(stride for x in stores for stride in x.stride()[:2]), k_weight, k_position, v_weight, v_position, k_blocks,
+        v_blocks, hidden, *raw_tables, *(x.stride(0) for x in raw_tables), *shared, **sizes, NEW=plan.new,
+        CMP_RING=cache.rings.get("cmp", 0), WIN_RING=cache.rings.get("win", 0), KIND=kind,
+        HAS_KEY_POSITION=position is not None, DK=dk, DV=dv,
         BK=pad_dim(dk), BV=pad_dim(dv), K_TILES=tiles[0], TILE=tile, CHUNK=8, num_warps=16,
     )  # fmt: skip
     if kind == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plumbline.kernels.nsa.triton_backend.common import load_rows
+from plumbline.kernels.nsa.triton_backend.common import load_rows, placed
 
 
 @triton.jit
@@ -16,12 +16,12 @@ def copy_row(x_ptr, x_at, store_ptr, at, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cell(table, at, size, stride_p, stride_h, head, ROW: tl.constexpr, PAGED: tl.constexpr):
+def cell(table, at, size, stride_p, stride_h, head, ROW: tl.constexpr, PAGED: tl.constexpr, RING: tl.constexpr = 0):
     """Element offset of one row (or of rows that all exist) of a sequence; ROW elements from one to the next."""
     if PAGED:
         offset = tl.load(table + at // size).to(tl.int64) * stride_p + (at % size).to(tl.int64) * ROW
     else:
-        offset = tl.load(table).to(tl.int64) * stride_p + at.to(tl.int64) * ROW
+        offset = tl.load(table).to(tl.int64) * stride_p + placed(at, RING).to(tl.int64) * ROW
     return offset + head * stride_h
 
 
@@ -30,7 +30,7 @@ def complete_tile(
     x_ptr, x_t, x_h, store_ptr, size, stride_p, stride_h, weight_ptr, position_ptr, blocks_ptr, to, hidden_ptr, table,
     t, before, first_row, head, n0,
     L: tl.constexpr, KIND: tl.constexpr, HAS_POSITION: tl.constexpr, DIM: tl.constexpr, ROW: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PAGED: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PAGED: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """TILE columns of phi of tokens (t - L, t]; tokens from `before` on are read from the input, not the cache."""
     n = n0 + tl.arange(0, TILE)
@@ -51,7 +51,7 @@ def complete_tile(
             slot = tl.load(table + token // size, mask=old, other=0).to(tl.int64)
             at = slot * stride_p + head * stride_h + (token % size).to(tl.int64) * ROW
         else:
-            at = tl.load(table).to(tl.int64) * stride_p + head * stride_h + token.to(tl.int64) * ROW
+            at = tl.load(table).to(tl.int64) * stride_p + head * stride_h + placed(token, RING).to(tl.int64) * ROW
         x_at = (first_row + token - before).to(tl.int64) * x_t + head * x_h
         if KIND == 1:
             ok = (n < DIM)[None, :]
@@ -87,18 +87,20 @@ def complete_tile(
 def append(
     kc_ptr, vc_ptr, ks_ptr, vs_ptr, kw_ptr, vw_ptr,
     kc_t, kc_h, vc_t, vc_h, ks_t, ks_h, vs_t, vs_h, kw_t, kw_h, vw_t, vw_h,
-    kc_store, vc_store, ks_store, vs_store, kw_store, vw_store, size, k_p, k_h, v_p, v_h,
+    kc_store, vc_store, ks_store, vs_store, kw_store, vw_store, size,
+    kc_p, kc_sh, vc_p, vc_sh, ks_p, ks_sh, vs_p, vs_sh, kw_p, kw_sh, vw_p, vw_sh,
     k_weight_ptr, k_position_ptr, v_weight_ptr, v_position_ptr, kb_ptr, vb_ptr, hidden_ptr,
     cmp_ptr, slc_ptr, win_ptr, cmp_t, slc_t, win_t, table_ptr, position_ptr, table_t, size_b, kb_p, kb_h, vb_p, vb_h,
     KV_HEADS: tl.constexpr, L: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, KR: tl.constexpr, VR: tl.constexpr,
-    SHIFT: tl.constexpr, NEW: tl.constexpr,
+    SHIFT: tl.constexpr, NEW: tl.constexpr, CMP_RING: tl.constexpr, WIN_RING: tl.constexpr,
     KIND: tl.constexpr, HAS_KEY_POSITION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, K_TILES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program (row, head, 0) stores the new token; (., ., 1 ...) a tile of the block that it completes, if any.
 
     KIND: phi linear 0, mean 1, mlp 2 (its first layer, into hidden [2, R, Hkv, max(Dk, Dv)]). Tables: cmp, slc, win of
-    the raw stores, table of the compressed one.
+    the raw stores, table of the compressed one. Strides: _t, _h of the tokens that come in, _p, _sh of the stores.
+    Rings are long enough that no new token takes the place of one that a block of this step is made of.
     """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     t = tl.load(position_ptr + row).to(tl.int32)
@@ -108,17 +110,17 @@ def append(
     if part == 0:
         slc = slc_ptr + row * slc_t
         win = win_ptr + row * win_t
-        at = cell(cmp, t, size, k_p, k_h, head, KR, PAGED)
+        at = cell(cmp, t, size, kc_p, kc_sh, head, KR, PAGED, CMP_RING)
         copy_row(kc_ptr, far * kc_t + head * kc_h, kc_store, at, DK, BK)
-        at = cell(slc, t, size, k_p, k_h, head, KR, PAGED)
+        at = cell(slc, t, size, ks_p, ks_sh, head, KR, PAGED)
         copy_row(ks_ptr, far * ks_t + head * ks_h, ks_store, at, DK, BK)
-        at = cell(win, t, size, k_p, k_h, head, KR, PAGED)
+        at = cell(win, t, size, kw_p, kw_sh, head, KR, PAGED, WIN_RING)
         copy_row(kw_ptr, far * kw_t + head * kw_h, kw_store, at, DK, BK)
-        at = cell(cmp, t, size, v_p, v_h, head, VR, PAGED)
+        at = cell(cmp, t, size, vc_p, vc_sh, head, VR, PAGED, CMP_RING)
         copy_row(vc_ptr, far * vc_t + head * vc_h, vc_store, at, DV, BV)
-        at = cell(slc, t, size, v_p, v_h, head, VR, PAGED)
+        at = cell(slc, t, size, vs_p, vs_sh, head, VR, PAGED)
         copy_row(vs_ptr, far * vs_t + head * vs_h, vs_store, at, DV, BV)
-        at = cell(win, t, size, v_p, v_h, head, VR, PAGED)
+        at = cell(win, t, size, vw_p, vw_sh, head, VR, PAGED, WIN_RING)
         copy_row(vw_ptr, far * vw_t + head * vw_h, vw_store, at, DV, BV)
     else:
         end = t + 1 - L
@@ -130,15 +132,15 @@ def append(
             hidden = hidden_ptr + (far * KV_HEADS + head) * widest
             if part <= K_TILES:
                 to = cell(table, i, size_b, kb_p, kb_h, head, KR, PAGED)
-                complete_tile(kc_ptr, kc_t, kc_h, kc_store, size, k_p, k_h, k_weight_ptr, k_position_ptr, kb_ptr, to,
+                complete_tile(kc_ptr, kc_t, kc_h, kc_store, size, kc_p, kc_sh, k_weight_ptr, k_position_ptr, kb_ptr, to,
                               hidden, cmp, t, before, first_row, head, (part - 1) * TILE,
-                              L, KIND, HAS_KEY_POSITION, DK, KR, BK, TILE, CHUNK, PAGED)  # fmt: skip
+                              L, KIND, HAS_KEY_POSITION, DK, KR, BK, TILE, CHUNK, PAGED, CMP_RING)  # fmt: skip
             else:
                 to = cell(table, i, size_b, vb_p, vb_h, head, VR, PAGED)
                 hidden += tl.num_programs(0).to(tl.int64) * KV_HEADS * widest
-                complete_tile(vc_ptr, vc_t, vc_h, vc_store, size, v_p, v_h, v_weight_ptr, v_position_ptr, vb_ptr, to,
+                complete_tile(vc_ptr, vc_t, vc_h, vc_store, size, vc_p, vc_sh, v_weight_ptr, v_position_ptr, vb_ptr, to,
                               hidden, cmp, t, before, first_row, head, (part - 1 - K_TILES) * TILE,
-                              L, KIND, True, DV, VR, BV, TILE, CHUNK, PAGED)  # fmt: skip
+                              L, KIND, True, DV, VR, BV, TILE, CHUNK, PAGED, CMP_RING)  # fmt: skip
 
 
 @triton.jit

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-# The last: with CUDA graphs for the sparse policy's decoding, too (the dense one has them in any case).
-ENGINES = ("native", "vllm", "vllm-graphs")
+# The last: without CUDA graphs for the sparse policy (the dense one has them in any case, but for --eager).
+ENGINES = ("native", "vllm", "vllm-eager")
 NEAR_TIE = 0.05
 SHORT = 8
 KEPT = 8  # most likely tokens kept of each position
@@ -174,7 +174,7 @@ def part(args: argparse.Namespace, kind: str, attention: str) -> None:
     started = time.perf_counter()
     folder = getattr(args, attention)
     vocabulary = policy_config(folder).vocab_size
-    engine = Native(folder, args) if kind == "native" else Served(folder, args, kind == "vllm-graphs")
+    engine = Native(folder, args) if kind == "native" else Served(folder, args, kind == "vllm")
     common = {"engine": kind, "attention": attention, "dtype": args.dtype, "torch": torch.__version__}
     common["card"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if isinstance(engine, Served):
@@ -300,7 +300,7 @@ def main() -> None:
         for attention in ("nsa", "dense")
         for kind in args.engines
         if getattr(args, attention) is not None
-        and not (attention == "dense" and kind == "vllm-graphs" and "vllm" in args.engines)  # the same
+        and not (attention == "dense" and kind == "vllm-eager" and "vllm" in args.engines)  # the same
     ]
     failed = False
     coming = Part(*wanted[0])

@@ -165,6 +165,7 @@ class LearnerWorker(_Actor):
         from plumbline.rl.text import Codec
 
         _set_up(config.learner.threads)
+        self.shares_gpu = 0 < config.learner.gpus < 1
         self.learner = Learner(config, self.device, self.ranks)
         self.codec = Codec(config.policy.path, overrides=config.prompt)
         self.shelf = Shelf(torch.bfloat16 if config.rollout.precision == "bfloat16" else torch.float32)
@@ -177,9 +178,14 @@ class LearnerWorker(_Actor):
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
         """The learner's metrics, and the seconds they took in this process."""
+        import torch
+
         began = time.monotonic()
         metrics = self.learner.update(batch)
         watch_update(began)
+        if self.shares_gpu:
+            # Microbatches of ever new shapes leave gaps between blocks, and the allocator would grow at the engine's expense.
+            torch.cuda.empty_cache()
         return metrics | {"time/update_seconds": time.monotonic() - began}
 
     def publish(self, beside: bool = False, through_host: bool = False) -> dict[str, Any]:

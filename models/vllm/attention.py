@@ -49,15 +49,15 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     """From vLLM's metadata to ours.
 
     Where all sequences have one new token and the decode kernels run, nothing is read on the host, so a CUDA graph can
-    hold the step. No card has run that yet: `--additional-config '{"nsa_graphs": true}'` asks for it.
+    hold the step; `--additional-config '{"nsa_graphs": false}'` keeps graphs to the other layers' work.
     """
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
         asked = vllm_config.additional_config
-        if isinstance(asked, dict) and asked.get("nsa_graphs"):
-            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-        return AttentionCGSupport.NEVER
+        if isinstance(asked, dict) and asked.get("nsa_graphs") is False:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device

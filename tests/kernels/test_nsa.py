@@ -72,15 +72,12 @@ def test_triton_interpreter(definition, name):
     check(definition, TRITON_CASES[name], "triton", 1e-5, seed=len(name))
 
 
-@pytest.fixture
-def in_parts(monkeypatch):
+@pytest.mark.parametrize("in_parts", [True, False], ids=["parts", "padded"])
+@pytest.mark.parametrize("name", PART_CASES)
+def test_triton_interpreter_where_head_dims_are_no_power_of_two(definition, monkeypatch, in_parts, name):
     from plumbline.kernels.nsa.triton_backend import parts
 
-    monkeypatch.setattr(parts, "IN_PARTS", True)
-
-
-@pytest.mark.parametrize("name", PART_CASES)
-def test_triton_interpreter_in_parts(definition, in_parts, name):
+    monkeypatch.setattr(parts, "IN_PARTS", in_parts)
     check(definition, PART_CASES[name], "triton", 1e-5, seed=len(name))
 
 

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from plumbline.kernels.nsa.triton_backend.common import load_all, load_rows, pad_dim, store_rows
 
-# Compiled and interpreted, but no card has run it yet: off unless asked for (docs/kernels.md).
-IN_PARTS = os.environ.get("PLUMBLINE_NSA_PARTS") == "1"
+# PLUMBLINE_NSA_PARTS=0 pads such head dims instead, to compare (docs/kernels.md).
+IN_PARTS = os.environ.get("PLUMBLINE_NSA_PARTS") != "0"
 # Narrowest head dim that is cut: below, the products of a whole tile cost little.
 NARROWEST = 64
 

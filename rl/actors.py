@@ -69,6 +69,7 @@ class RolloutWorker(_Actor):
         self.__dict__.pop("under_way", None)
         self.__dict__.pop("engine", None)
         self.engine = make_engine(config, path, attention, codec, device)
+        self.asleep = False
         return card(device)
 
     def load_weights(self, version: int, weights: dict[str, np.ndarray] | Ticket) -> float:
@@ -77,6 +78,15 @@ class RolloutWorker(_Actor):
 
         self.engine.load_weights(version, from_arrays(weights) if isinstance(weights, dict) else weights.tensors())
         return self.engine.checksum()
+
+    def rest(self, asleep: bool) -> None:
+        """Leave the GPU to the learner, or take it back."""
+        if asleep and not self.asleep:
+            self.__dict__.pop("under_way", None)  # a finished generator may hold the engine's memory
+            self.engine.sleep()
+        elif self.asleep and not asleep:
+            self.engine.wake()
+        self.asleep = asleep
 
     @ray.method(num_returns="streaming")
     def generate(

@@ -44,6 +44,8 @@ class Roles:
     # GPUs by actor name, of those that have one.
     cards: dict[str, str | None] = field(default_factory=dict)
     clock: WorkClock = field(init=False)
+    # The engines, see rollout.sleep_in_update.
+    asleep: bool = False
     # What the last `sync` took.
     sync_seconds: float = 0.0
     # Set: exchanges under way are to end.
@@ -136,6 +138,7 @@ class Roles:
     def update(self, batch: TrainingBatch) -> Callable[[], dict[str, float]]:
         """Start one training step of the learner; call what is returned for its metrics."""
         limit = ("learner.update_timeout_seconds", self.config.learner.update_timeout_seconds)
+        self._rest(asleep=True)
         self._learners_work(self.clock.begin)
         calls = self._learn("update", (ray.put(batch),))
 
@@ -166,20 +169,21 @@ class Roles:
 
     def begin(self, config: RunConfig) -> None:
         """Load the run's starting policy everywhere."""
-        self.config, self.begun, self.published = config, (config, None), None
+        self.config, self.begun, self.published, self.asleep = config, (config, None), None, False
         calls = [*self._learn("begin", (config,)), *self.rollout.calls("begin", config)]
         cards = gather(calls, self._transfer(), f"loading {config.policy.path}")
         self.cards = {place.name: card for (place, _), card in zip(calls, cards, strict=True)}
 
     def begin_evaluation(self, config: RunConfig, policy_path: str | None) -> None:
         """Load one policy into the rollout workers alone."""
-        self.config, self.begun, self.published = config, (config, policy_path), None
+        self.config, self.begun, self.published, self.asleep = config, (config, policy_path), None, False
         path = policy_path or config.policy.path
         gather(self.rollout.calls("begin", config, policy_path), self._transfer(), f"loading {path}")
 
     def sync(self) -> int:
         """Learner's weights to every rollout worker; checks that they arrived whole. Returns their version."""
         began = time.monotonic()
+        self._rest(asleep=False)
         self._learners_work(self.clock.begin)
         try:
             beside = [self._learner_beside(place) for place in self.rollout.places]
@@ -201,6 +205,14 @@ class Roles:
                     self.rollout.replace(number, handle, str(error))
         self.sync_seconds = time.monotonic() - began
         return published["version"]
+
+    def _rest(self, *, asleep: bool) -> None:
+        """Engines to sleep or awake, where rollout.sleep_in_update says so. In the place of one that fails another is asked."""
+        if asleep == self.asleep or not self.config.rollout.sleep_in_update:
+            return
+        doing = "the engines' falling asleep" if asleep else "the engines' waking"
+        self.rollout.each("rest", [asleep] * len(self.rollout), self._transfer(), doing)
+        self.asleep = asleep
 
     def _give_weights(self, handle: Any, place: Place) -> tuple[Place, Any]:
         assert self.published is not None

@@ -108,6 +108,10 @@ class RunConfig(Section):
                 f"rollout.max_staleness_steps ({self.rollout.max_staleness_steps}) needs rollout.engine native: "
                 "new weights must reach completions under way"
             )
+        if self.rollout.max_staleness_steps and self.rollout.sleep_in_update:
+            raise ValueError(
+                "rollout.sleep_in_update needs rollout.max_staleness_steps 0: engines go on while the learner learns"
+            )
         if self.rollout.max_staleness_steps and self.evaluation.every_steps:
             raise ValueError(
                 "evaluation.every_steps needs rollout.max_staleness_steps 0: the workers do not stop between steps; "

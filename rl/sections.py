@@ -92,6 +92,11 @@ class RolloutSection(Section):
         description="Rollout goes on while the learner learns: a completion's oldest token comes from weights at most so many "
         "updates older than those that learn from it. 0: they take turns, and runs repeat bitwise.",
     )
+    sleep_in_update: bool = Field(
+        False,
+        description="Engines leave their GPU to the learner while it learns: weights wait in the host's memory, the cache is made anew. "
+        "vLLM wakes in about a second; the native engine also captures its steps again.",
+    )
     timeout_seconds: float = Field(3600, gt=0, description="A step whose rollout takes longer is an error.")
     replay_blocks: bool = Field(
         False,

@@ -31,10 +31,12 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give the GPU's memory back."""
+        """Give the GPU's memory back; nothing is under way."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Be as before `sleep`."""
+        ...
 
 
 class CarryingEngine(RolloutEngine, Protocol):
@@ -70,7 +72,7 @@ def make_engine(config: RunConfig, path: str, attention: str | None, codec: Code
             dtype=dtype,
             memory_share=settings.memory_share,
             seed=config.seed,
-            sleeps=device.startswith("cuda") and settings.gpus_per_worker < 1,
+            sleeps=device.startswith("cuda") and settings.sleep_in_update,
         )
     from plumbline.rl.rollout.native import NativeEngine
 

@@ -35,7 +35,7 @@ class VLLMEngine:
         dtype: of weights and cache.
         memory_share: of the GPU's memory that vLLM may take; without a GPU, of the free memory that its cache may.
         seed: of what draws without one of its own.
-        sleeps: the GPU is shared with the learner, so sleep() and wake() must give memory back.
+        sleeps: sleep() and wake() are going to be called; vLLM then keeps its memory in an allocator of its own.
 
     Raises:
         InputError: vLLM is not installed, or `attention` asks for a conversion.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from plumbline.errors import InputError
-from plumbline.rl.config import RunConfig, load_config, valid_keys
+from plumbline.rl.config import RunConfig, load_config, parse_config, valid_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -84,3 +84,9 @@ def test_every_leaf_has_a_description():
     walk(RunConfig, "")
     assert undocumented == []
     assert "rollout.prompts_per_step" in valid_keys()
+
+
+def test_engines_do_not_sleep_while_they_go_on():
+    rollout = {"sleep_in_update": True, "max_staleness_steps": 1}
+    with pytest.raises(InputError, match=r"sleep_in_update needs rollout\.max_staleness_steps 0"):
+        parse_config({"name": "x", "rollout": rollout})

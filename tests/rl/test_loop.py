@@ -164,6 +164,22 @@ def test_slots_and_workers_do_not_change_the_samples(straight, policy_path, tmp_
     assert read_history(cfg.folder / "history").select(columns).equals(few)
 
 
+def test_engines_that_sleep_while_the_learner_learns_draw_the_same(straight, policy_path, roles, tmp_path, monkeypatch):
+    cfg = config(policy_path, tmp_path / "asleep", rollout__sleep_in_update=True, steps=2)
+    seen = []
+    each = roles.rollout.each
+    monkeypatch.setattr(
+        roles.rollout, "each", lambda method, *rest: seen.append((method, *rest[0])) or each(method, *rest)
+    )
+    train_quietly(cfg, roles)
+    assert seen == [("rest", True), ("rest", False)] * 2
+    before, after = (read_metrics(folder)[:2] for folder in (straight[0].folder, cfg.folder))
+    for awake, asleep in zip(before, after, strict=True):
+        assert {k: v for k, v in asleep.items() if k.startswith(("learner/", "reward/"))} == {
+            k: v for k, v in awake.items() if k.startswith(("learner/", "reward/"))
+        }
+
+
 def test_held_out_accuracy_is_measured_while_training(straight, policy_path, roles, tmp_path):
     cfg = config(policy_path, tmp_path, evaluation__source="procedural:heldout", evaluation__limit=5,
                  evaluation__every_steps=2, evaluation__temperature=0.0)  # fmt: skip

@@ -53,13 +53,21 @@ class _Actor:
 class RolloutWorker(_Actor):
     """Owns a rollout engine."""
 
-    def begin(self, config: RunConfig, policy_path: str | None = None) -> str | None:
-        """Load the starting policy of a run (or any other to evaluate). Returns the name of its GPU, if it has one."""
+    def begin(self, config: RunConfig, policy_path: str | None = None, gpus: tuple[str, ...] = ()) -> list[str]:
+        """Load the starting policy of a run (or any other to evaluate).
+
+        Args:
+            gpus: of this machine's learners, whose weights it may read there.
+
+        Returns:
+            names of the GPUs that it sees, its own first.
+        """
         from plumbline.rl.device import pick_device
-        from plumbline.rl.handover import card
+        from plumbline.rl.handover import cards, see_also
         from plumbline.rl.rollout import make_engine
         from plumbline.rl.text import Codec
 
+        see_also(gpus)
         _set_up(config.rollout.threads_per_worker)
         path = policy_path or config.policy.path
         device = pick_device(config.policy.device)
@@ -70,7 +78,7 @@ class RolloutWorker(_Actor):
         self.__dict__.pop("engine", None)
         self.engine = make_engine(config, path, attention, codec, device)
         self.asleep = False
-        return card(device)
+        return cards(device)
 
     def load_weights(self, version: int, weights: dict[str, np.ndarray] | Ticket) -> float:
         """Take the learner's weights; returns their checksum as they stand here."""
@@ -166,11 +174,11 @@ class LearnerWorker(_Actor):
         self.device = pick_device(config.policy.device)
         self.ranks = Ranks.join(rank, size, address, self.device, config.ray.start_timeout_seconds)
 
-    def begin(self, config: RunConfig) -> str | None:
-        """Load the starting policy with a fresh optimizer. Returns the name of its GPU, if it has one."""
+    def begin(self, config: RunConfig) -> list[str]:
+        """Load the starting policy with a fresh optimizer. Returns names of the GPUs that it sees, its own first."""
         import torch
 
-        from plumbline.rl.handover import Shelf, card
+        from plumbline.rl.handover import Shelf, cards
         from plumbline.rl.learner import Learner
         from plumbline.rl.text import Codec
 
@@ -179,7 +187,7 @@ class LearnerWorker(_Actor):
         self.learner = Learner(config, self.device, self.ranks)
         self.codec = Codec(config.policy.path, overrides=config.prompt)
         self.shelf = Shelf(torch.bfloat16 if config.rollout.precision == "bfloat16" else torch.float32)
-        return card(self.device)
+        return cards(self.device)
 
     def load(self, folder: str) -> None:
         from plumbline.rl import learner_state
@@ -198,19 +206,19 @@ class LearnerWorker(_Actor):
             torch.cuda.empty_cache()
         return metrics | {"time/update_seconds": time.monotonic() - began}
 
-    def publish(self, beside: bool = False, through_host: bool = False) -> dict[str, Any]:
+    def publish(self, mapped: bool = False, through_host: bool = False) -> dict[str, Any]:
         """Set the present weights out for the engines. Returns {version, checksum, arrays}, of the first process alone.
 
         Args:
-            beside: there is an engine on this GPU, to which `ticket` then gives them. The first process sets them out in
-                any case: their checksum is taken from what the engines read.
+            mapped: an engine maps this process's copy, through a `ticket`. The first process makes one in any case: the
+                checksum is taken from what the engines read.
             through_host: `arrays` refers to them in the object store, where all other engines read them; else it is None.
         """
         from plumbline.rl import learner_state
         from plumbline.rl.rollout import absolute_sum
 
         weights = learner_state.each_policy_weight(self.learner, self.shelf.dtype)
-        if self.ranks.rank and not beside:
+        if self.ranks.rank and not mapped:
             for _ in weights:  # the shards are gathered by all processes together
                 pass
             return {}
@@ -226,7 +234,7 @@ class LearnerWorker(_Actor):
         return self.shelf.arrays()
 
     def ticket(self) -> Ticket:
-        """The published weights, for one engine on this GPU."""
+        """The published weights, for one engine on this machine."""
         return self.shelf.ticket()
 
     def save(self, folder: str) -> None:

@@ -41,8 +41,8 @@ class Roles:
     # What a rollout worker holds: the policy it began with, then the weights that the learner published last.
     begun: tuple[RunConfig, str | None] | None = None
     published: dict[str, Any] | None = None
-    # GPUs by actor name, of those that have one.
-    cards: dict[str, str | None] = field(default_factory=dict)
+    # GPUs that an actor sees, its own first, by its name.
+    cards: dict[str, list[str]] = field(default_factory=dict)
     clock: WorkClock = field(init=False)
     # The engines, see rollout.sleep_in_update.
     asleep: bool = False
@@ -170,9 +170,16 @@ class Roles:
     def begin(self, config: RunConfig) -> None:
         """Load the run's starting policy everywhere."""
         self.config, self.begun, self.published, self.asleep = config, (config, None), None, False
-        calls = [*self._learn("begin", (config,)), *self.rollout.calls("begin", config)]
+        engines = zip(self.rollout, self.rollout.places, strict=True)
+        calls = self._learn("begin", (config,)) + [
+            (p, h.begin.remote(config, None, self._gpus_near(p))) for h, p in engines
+        ]
         cards = gather(calls, self._transfer(), f"loading {config.policy.path}")
-        self.cards = {place.name: card for (place, _), card in zip(calls, cards, strict=True)}
+        self.cards = {place.name: seen for (place, _), seen in zip(calls, cards, strict=True)}
+
+    def _gpus_near(self, place: Place) -> tuple[str, ...]:
+        """Of the first learner on this machine."""
+        return next((learner.gpus for learner in self.learners.places if learner.node == place.node), ())
 
     def begin_evaluation(self, config: RunConfig, policy_path: str | None) -> None:
         """Load one policy into the rollout workers alone."""
@@ -186,8 +193,8 @@ class Roles:
         self._rest(asleep=False)
         self._learners_work(self.clock.begin)
         try:
-            beside = [self._learner_beside(place) for place in self.rollout.places]
-            asked = [(number in beside, number == 0 and None in beside) for number in range(len(self.learners))]
+            near = [self._learner_near(place) for place in self.rollout.places]
+            asked = [(number in near, number == 0 and None in near) for number in range(len(self.learners))]
             calls = self._learn("publish", *asked)
             published = gather(calls, self._transfer(), "publishing the learner's weights")[0]
         finally:
@@ -217,20 +224,18 @@ class Roles:
     def _give_weights(self, handle: Any, place: Place) -> tuple[Place, Any]:
         assert self.published is not None
         weights: Any
-        beside = self._learner_beside(place)
-        if beside is not None:
-            weights = self.learners[beside].ticket.remote()
+        near = self._learner_near(place)
+        if near is not None:
+            weights = self.learners[near].ticket.remote()
         else:
             weights = self.published["arrays"] = self.published["arrays"] or self.learners[0].arrays.remote()
         return place, handle.load_weights.remote(self.published["version"], weights)
 
-    def _learner_beside(self, place: Place) -> int | None:
-        """Number of the learner on this rollout worker's GPU."""
-        card = self.cards.get(place.name)
-        if card is None:
-            return None
-        cards = [self.cards.get(learner.name) for learner in self.learners.places]
-        return cards.index(card) if card in cards else None
+    def _learner_near(self, place: Place) -> int | None:
+        """Number of the learner on this rollout worker's GPU, or else on another that it sees."""
+        learners = [self.cards.get(learner.name) for learner in self.learners.places]
+        own = [cards[0] if cards else None for cards in learners]
+        return next((own.index(card) for card in self.cards.get(place.name, ()) if card in own), None)
 
     def _check_weights(self, call: tuple[Place, Any]) -> None:
         assert self.published is not None
@@ -242,8 +247,8 @@ class Roles:
     def _prepare(self, handle: Any, place: Place) -> None:
         """Bring a new rollout worker to where the others are."""
         if self.begun is not None:
-            (card,) = gather([(place, handle.begin.remote(*self.begun))], self._transfer(), "loading the policy")
-            self.cards[place.name] = card
+            begin = handle.begin.remote(*self.begun, self._gpus_near(place))
+            (self.cards[place.name],) = gather([(place, begin)], self._transfer(), "loading the policy")
         if self.published is not None:
             self._check_weights(self._give_weights(handle, place))
 

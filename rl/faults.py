@@ -44,12 +44,14 @@ class Place:
         pid: of its process.
         node: address of its machine.
         log: file on that machine with what it writes to standard error.
+        gpus: that Ray lets it see, as in CUDA_VISIBLE_DEVICES.
     """
 
     name: str
     pid: int
     node: str
     log: str
+    gpus: tuple[str, ...] = ()
 
     def last_words(self) -> str:
         """The log, and its last line if the file can be read from here."""
@@ -66,7 +68,9 @@ def own_place() -> Place:
     """Of the actor this process is."""
     context = ray.get_runtime_context()
     log = ray._private.worker.global_worker.get_err_file_path()
-    return Place(context.get_actor_name() or "unnamed", os.getpid(), ray.util.get_node_ip_address(), str(log))
+    gpus = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    name = context.get_actor_name() or "unnamed"
+    return Place(name, os.getpid(), ray.util.get_node_ip_address(), str(log), gpus)
 
 
 def tell(error: BaseException, place: Place) -> str:

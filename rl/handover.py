@@ -1,12 +1,14 @@
 """Published weights, from the learner's process to the engines'.
 
-An engine on the learner's own GPU maps the learner's copy of them (CUDA inter-process memory), so that they cross from
-one part of the card's memory to another. To every other engine they go through Ray's object store.
+An engine on a learner's machine maps a learner's copy of them (CUDA inter-process memory): that of the learner on its own
+GPU, so that they cross from one part of the card's memory to another, or else one on another GPU, from which the card
+reads them. To engines on other machines they go through Ray's object store.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import socket
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,22 +20,37 @@ import torch
 from torch import Tensor
 
 
-def card(device: str) -> str | None:
-    """What names this GPU among those of all machines; None if `device` is not one."""
+def cards(device: str) -> list[str]:
+    """Names, among those of all machines, of the GPUs that this process sees, its own first; none if `device` is no GPU."""
     if torch.device(device).type != "cuda":
-        return None
-    return f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+        return []
+    host, own = socket.gethostname(), torch.device(device).index or 0
+    others = [number for number in range(torch.cuda.device_count()) if number != own]
+    return [f"{host}/{torch.cuda.get_device_properties(number).uuid}" for number in (own, *others)]
+
+
+def see_also(gpus: Iterable[str]) -> None:
+    """Let this process see more GPUs of its machine behind its own, to read from; only before it has looked at any.
+
+    Ray shows an actor the GPUs that it has booked. `gpus` are entries of another actor's CUDA_VISIBLE_DEVICES.
+    """
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if own and not torch.cuda.is_initialized():
+        more = [gpu for gpu in gpus if gpu and gpu not in own.split(",")]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join([own, *more])
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Lets one process on the same card map a Shelf, once.
+    """Lets one process on the same machine map a Shelf, once.
 
     Attributes:
+        card: that the shelf is on, as in `cards`; None: in the host's memory.
         rebuild, arguments: what torch.multiprocessing takes a tensor apart into.
         table: name and shape of each tensor in it, in order.
     """
 
+    card: str | None
     rebuild: Any
     arguments: tuple[Any, ...]
     table: tuple[tuple[str, tuple[int, ...]], ...]
@@ -41,11 +58,14 @@ class Ticket:
     def tensors(self) -> dict[str, Tensor]:
         """The weights where they lie, by name; to be read before the learner publishes again.
 
-        The card has another number in this process than in the learner's if they see different ones.
+        The card may have another number in this process than in the learner's. RuntimeError if it is not seen here.
         """
         rebuild, arguments = self.rebuild, list(self.arguments)
-        if arguments and torch.cuda.is_available():
-            arguments[6] = torch.cuda.current_device()
+        if self.card is not None:
+            seen = cards("cuda:0")
+            if self.card not in seen:
+                raise RuntimeError(f"this process does not see the learner's GPU {self.card}, only {', '.join(seen)}")
+            arguments[6] = seen.index(self.card)
         return _views(rebuild(*arguments), self.table)
 
 
@@ -95,12 +115,13 @@ class Shelf:
         return {name: (t.view(torch.int16) if half else t).cpu().numpy() for name, t in self.tensors().items()}
 
     def ticket(self) -> Ticket:
-        """For one process on the same card; every one needs its own."""
+        """For one process on the same machine; every one needs its own."""
         from torch.multiprocessing.reductions import reduce_tensor
 
         assert self.flat is not None
         rebuild, arguments = reduce_tensor(self.flat)
-        return Ticket(rebuild, arguments, self.table)
+        here = cards(str(self.flat.device))
+        return Ticket(here[0] if here else None, rebuild, arguments, self.table)
 
 
 def from_arrays(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

@@ -121,13 +121,13 @@ def test_each_engine_maps_the_weights_of_the_learner_on_its_gpu(policies, roles)
     roles.begin(config(policies["nsa"]))
     roles.update(batch(0))()
     version = roles.sync()  # compares the checksum of every engine's weights with the first learner's
-    cards = [roles.cards[place.name] for place in [*roles.learners.places, *roles.rollout.places]]
+    cards = [roles.cards[place.name][0] for place in [*roles.learners.places, *roles.rollout.places]]
     assert cards[:2] == cards[2:]
     assert len(set(cards)) == 2
     assert roles.published["arrays"] is None  # nothing went over the host
     # One that is replaced comes back to its GPU, and to its learner's weights.
     roles.rollout.replace(1, roles.rollout[1], "a test")
-    assert roles.cards[roles.rollout.places[1].name] == cards[1]
+    assert roles.cards[roles.rollout.places[1].name][0] == cards[1]
     prompts = [Prompt(i, str(i), [20 + i, 30, 40], "", "1") for i in range(4)]
     groups = list(roles.graded_groups(prompts, 2, Sampling(8, 1.0, seed=0)))
     assert {group.policy_version for group in groups} == {version}
@@ -141,4 +141,12 @@ def test_an_engine_on_a_gpu_of_its_own_gets_them_too(policies, roles):
         apart.begin(run)
         apart.update(batch(0))()
         apart.sync()
-        assert apart.cards[apart.learners.places[0].name] != apart.cards[apart.rollout.places[0].name]
+        [learner], engine = (apart.cards[pool.places[0].name] for pool in (apart.learners, apart.rollout))
+        assert engine[0] != learner
+        assert engine[1] == learner  # which it sees, to read from
+        assert apart.published["arrays"] is None
+        # As if it were on another machine: through the host.
+        apart.cards[apart.rollout.places[0].name] = engine[:1]
+        apart.update(batch(1))()
+        apart.sync()
+        assert apart.published["arrays"] is not None

@@ -1,11 +1,12 @@
 """Published weights: whole and in the engine's precision, through the host and mapped by another process."""
 
 import multiprocessing
+import os
 
 import pytest
 import torch
 
-from plumbline.rl.handover import Shelf, card, from_arrays
+from plumbline.rl.handover import Shelf, cards, from_arrays, see_also
 
 WEIGHTS = {"a.weight": torch.randn(3, 5), "b": torch.randn(7), "c.weight": torch.randn(2, 2, 4)}
 
@@ -64,4 +65,18 @@ def test_another_process_maps_what_was_published_last(device):
 
 
 def test_only_a_gpu_has_a_name():
-    assert card("cpu") is None
+    assert cards("cpu") == []
+
+
+def test_a_process_sees_more_gpus_behind_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    see_also(["0", "3"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,0"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    see_also(["1"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,0"  # too late
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU of its own
+    see_also(["1"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

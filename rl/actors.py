@@ -183,7 +183,7 @@ class LearnerWorker(_Actor):
         from plumbline.rl.text import Codec
 
         _set_up(config.learner.threads)
-        self.shares_gpu = 0 < config.learner.gpus < 1
+        self.shares_gpu = config.learner.gpus < 1  # as far as Ray knows
         self.learner = Learner(config, self.device, self.ranks)
         self.codec = Codec(config.policy.path, overrides=config.prompt)
         self.shelf = Shelf(torch.bfloat16 if config.rollout.precision == "bfloat16" else torch.float32)

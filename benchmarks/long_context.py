@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -153,17 +154,18 @@ def main() -> None:
         recipe = Recipe(**{name: getattr(args, name) for name in names})
         warm_up(policy, rows, recipe)
         say(f"adapting on {len(rows)} windows of {args.context} tokens")
-        steps: list[dict] = []
+        for name, part in parts_of(recipe):
+            steps: list[dict] = []
 
-        def report(figures: dict) -> None:
-            steps.append({"what": "step", **figures})
-            if figures["step"] % 10 == 1:
-                say(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+            def report(figures: dict, steps: list[dict] = steps) -> None:
+                steps.append({"what": "step", **figures})
+                if figures["step"] % 10 == 1:
+                    say(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
-        adapt(policy, rows, recipe, report)
-        records += steps
-        say(f"adapted: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
-        records += measure("adapted", policy, tokenizer, text, args)
+            adapt(policy, rows, part, report)
+            records += steps
+            say(f"{name}: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
+            records += measure(name, policy, tokenizer, text, args)
         autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")
         with autocast:
             gates = mean_gates(policy, rows[:2])
@@ -173,6 +175,22 @@ def main() -> None:
         card = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
         common = {"checkpoint": str(args.policy), "card": card, "torch": torch.__version__, "dtype": args.dtype}
         args.out.write_text("".join(json.dumps({**common, **record}) + "\n" for record in records))
+
+
+def parts_of(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """The layer stage and the others, each to be measured after; they share the time as one adaptation would."""
+    whole = recipe.layer_steps + recipe.gate_steps + recipe.all_steps
+    parts = {
+        "layers": replace(recipe, gate_steps=0, all_steps=0),
+        "adapted": replace(recipe, layer_steps=0, seed=recipe.seed + 1),
+    }
+    made = []
+    for name, part in parts.items():
+        steps = part.layer_steps + part.gate_steps + part.all_steps
+        if steps:
+            minutes = None if recipe.minutes is None else recipe.minutes * steps / whole
+            made.append((name, replace(part, minutes=minutes)))
+    return made
 
 
 def warm_up(policy: Policy, rows: torch.Tensor, recipe: Recipe) -> None:

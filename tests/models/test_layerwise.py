@@ -257,3 +257,19 @@ def test_recall_is_measured_on_the_blocks_that_the_policy_chooses():
         attention_recall(sparse, ids[None, :32])
     with pytest.raises(ValueError, match="full attention"):
         block_choices(converted()[0], ids, positions)
+
+
+def test_bfloat16_gradients_point_the_same_way():
+    gradients = []
+    for enabled in (False, True):
+        sparse = with_sinks()
+        open_gates(sparse, 0.1)
+        students = [Student(layer) for layer in sparse_layers(sparse)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            layerwise_step(sparse, students, random_text(4), torch.arange(20, 96, 3), 1.0)
+        gradients.append([p.grad for s in students for group in s.groups() for p in group["params"]])
+    for exact, rounded in zip(*gradients, strict=True):
+        if exact is not None:
+            assert rounded is not None
+            assert rounded.dtype == torch.float32
+            assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.9

@@ -165,7 +165,8 @@ def main() -> None:
             adapt(policy, rows, part, report)
             records += steps
             say(f"{name}: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
-            records += measure(name, policy, tokenizer, text, args)
+            if steps:  # a policy whose gates are trained has no layer stage
+                records += measure(name, policy, tokenizer, text, args)
         autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")
         with autocast:
             gates = mean_gates(policy, rows[:2])

@@ -65,7 +65,7 @@ class Recipe:
     gate_steps: int = 20
     all_steps: int = 100
     layer_queries: int = 128
-    gate_share: float = 0.05
+    gate_share: float = 0.01
     new_learning_rate: float = 1e-3
     learning_rate: float = 5e-5
     alignment: float = 0.5

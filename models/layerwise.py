@@ -31,7 +31,7 @@ from plumbline.models.rope import rotate
 RANKING_RATE = 5e-3
 PHI_RATE = 5e-4
 MIXING_RATE = 3e-4
-GATE_RATE = 1e-2
+GATE_RATE = 2e-2
 
 
 def block_mass(probabilities: Tensor, size: int) -> Tensor:

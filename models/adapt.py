@@ -106,12 +106,12 @@ def open_gates(policy: Policy, share: float) -> bool:
 
 
 def alignment_loss(
-    q: Tensor, k_cmp: Tensor, k_slc: Tensor, layer: SparseAttention, layout: Layout, positions: Tensor
+    q: Tensor, k_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, layer: SparseAttention, layout: Layout, positions: Tensor
 ) -> Tensor:
-    """How far the compressed scores of selection blocks are from exact attention's.
+    """How far the compressed scores of selection blocks are from exact attention's, weighted as in `layerwise`.
 
     Args:
-        q: [T, Hq, D]; k_cmp, k_slc: [T, Hkv, D], rotated. Only phi gets a gradient.
+        q: [T, Hq, D]; k_cmp, k_slc: [T, Hkv, D], rotated; v_slc: [T, Hkv, Dv]. Only phi gets a gradient.
         layout: of sequences of one length.
         positions: [m] int64, the queries compared, the same in each sequence.
 
@@ -121,17 +121,17 @@ def alignment_loss(
     """
     with torch.autocast(q.device.type, enabled=False):
         query = scaled_queries(layout.pad(q.detach()), layer, positions)
-        keys, raw = (layout.pad(k.detach()).float() for k in (k_slc, k_cmp))
-        mass = exact_mass(query @ keys[:, :, None].transpose(-1, -2), positions, layer.nsa.select_block)
+        keys, values, raw = (layout.pad(x.detach()).float() for x in (k_slc, v_slc, k_cmp))
+        mass = exact_mass(query @ keys[:, :, None].transpose(-1, -2), positions, layer.nsa.select_block, values)
         _, importance = rank(query, raw, layer, positions)
         return divergence(importance, mass, free_blocks(positions, mass.shape[-1], layer.nsa))
 
 
 @contextmanager
 def observed(
-    policy: Policy, watch: Callable[[SparseAttention, Tensor, Tensor, Tensor, Layout], None]
+    policy: Policy, watch: Callable[[SparseAttention, Tensor, Tensor, Tensor, Tensor, Layout], None]
 ) -> Iterator[None]:
-    """Calls watch(layer, q, k_cmp, k_slc, layout) in every sparse layer's forward pass."""
+    """Calls watch(layer, q, k_cmp, k_slc, v_slc, layout) in every sparse layer's forward pass."""
     layers = sparse_layers(policy)
     for layer in layers:
         layer.observer = watch
@@ -291,11 +291,12 @@ def _step(policy: Policy, rows: Tensor, recipe: Recipe) -> dict[str, float]:
             q: Tensor,
             k_cmp: Tensor,
             k_slc: Tensor,
+            v_slc: Tensor,
             layout: Layout,
             positions: Tensor = positions,
             parts: list[Tensor] = parts,
         ) -> None:
-            parts.append(alignment_loss(q, k_cmp, k_slc, layer, layout, positions))
+            parts.append(alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, positions))
 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             if recipe.alignment:

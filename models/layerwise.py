@@ -4,8 +4,9 @@ Each layer of a freshly converted policy reads what the dense policy would feed 
 other, no gradient passes through the model, and a few queries of each window suffice. Two losses (`layer_losses`):
 
 - alignment, which teaches the compressed keys to rank blocks: KL divergence from the mass that exact attention gives the
-  selection blocks to the importance that NSA ranks them by (the warm-up of DeepSeek-V3.2's indexer, arXiv 2512.02556;
-  SeerAttention's gate, arXiv 2410.13276);
+  selection blocks, times the length of its values, to the importance that NSA ranks them by (the warm-up of DeepSeek-V3.2's indexer, arXiv 2512.02556;
+  SeerAttention's gate, arXiv 2410.13276). By mass alone, blocks with attention sinks, whose values are near
+  zero, would push out those that the output depends on;
 - output error, which teaches gates, keys and values to make up for the tokens that are left out: a softmax over part of
   the tokens gives these too much weight, most of all where attention sinks are among those left out.
 """
@@ -68,11 +69,19 @@ def scaled_queries(q: Tensor, layer: SparseAttention, positions: Tensor) -> Tens
     return q[:, :, positions].float().unflatten(1, (layer.kv_heads, -1)) * scale
 
 
-def exact_mass(logits: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Mass that exact attention gives to selection blocks. logits [B, Hkv, G, m, L] -> [B, Hkv, m, S], no gradient."""
+def exact_mass(logits: Tensor, positions: Tensor, size: int, values: Tensor | None = None) -> Tensor:
+    """Mass that exact attention gives to selection blocks, each token's times the length of its value if values are given.
+
+    Args:
+        logits: [B, Hkv, G, m, L]; values: [B, Hkv, L, Dv].
+
+    Returns:
+        [B, Hkv, m, S], no gradient.
+    """
     with torch.no_grad():
         seen = torch.arange(logits.shape[-1], device=logits.device) <= positions[:, None]
-        return block_mass(torch.softmax(logits.masked_fill(~seen, -math.inf), -1), size)
+        p = torch.softmax(logits.masked_fill(~seen, -math.inf), -1)
+        return block_mass(p if values is None else p * values.norm(dim=-1)[:, :, None, None], size)
 
 
 def rank(q: Tensor, k_cmp: Tensor, layer: SparseAttention, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +128,8 @@ def sparse_at(
         positions: [m] int64, of the queries, the same in each window.
 
     Returns:
-        out [B, Hkv, G, m, Dv]; importance [B, Hkv, m, S]; mass [B, Hkv, m, S] of exact attention over slc.
+        out [B, Hkv, G, m, Dv]; importance [B, Hkv, m, S]; mass [B, Hkv, m, S] of exact attention over slc, times the
+        length of its values.
     """
     config = layer.nsa
     token, at = torch.arange(slc[0].shape[2], device=q.device), positions[:, None]
@@ -128,7 +138,7 @@ def sparse_at(
         cmp[1], layer.phi_v_weight, layer.phi_v_position, config.block, config.stride, config.phi
     )
     logits = q @ slc[0][:, :, None].transpose(-1, -2)
-    mass = exact_mass(logits, positions, config.select_block)
+    mass = exact_mass(logits, positions, config.select_block, slc[1])
     tokens = chosen_blocks(importance, positions, config).repeat_interleave(config.select_block, -1)[..., : len(token)]
     selected = _attend(logits, (tokens & (token <= at))[:, :, None], slc[1])
     near = (token <= at) & (token > at - config.window)

@@ -237,7 +237,7 @@ def block_choices(
     ids, positions = ids.to(policy.device), positions.to(policy.device)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def look(layer: SparseAttention, q: Tensor, k_cmp: Tensor, k_slc: Tensor, layout: Layout) -> None:
+    def look(layer: SparseAttention, q: Tensor, k_cmp: Tensor, k_slc: Tensor, _: Tensor, layout: Layout) -> None:
         with torch.autocast(q.device.type, enabled=False):
             query = scaled_queries(layout.pad(q), layer, positions)
             keys, raw = (layout.pad(k).float() for k in (k_slc, k_cmp))

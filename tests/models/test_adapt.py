@@ -48,11 +48,11 @@ def test_alignment_is_the_divergence_of_block_masses():
     layer = sparse_layers(make())[0]
     torch.nn.init.normal_(layer.phi_k_weight, std=0.1)
     length, heads, kv_heads, dim = 70, 4, 2, 8
-    q, k_cmp, k_slc = (torch.randn(2 * length, h, dim) for h in (heads, kv_heads, kv_heads))
+    q, k_cmp, k_slc, v_slc = (torch.randn(2 * length, h, dim) for h in (heads, kv_heads, kv_heads, kv_heads))
     k_cmp.requires_grad_()
     layout = Layout(torch.tensor([0, length, 2 * length], dtype=torch.int32))
     positions = torch.tensor([3, 30, 41, 69])
-    loss = alignment_loss(q, k_cmp, k_slc, layer, layout, positions)
+    loss = alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, positions)
 
     terms = []
     for start in (0, length):
@@ -66,7 +66,7 @@ def test_alignment_is_the_divergence_of_block_masses():
                 for query in q[start + t, head * 2 : head * 2 + 2].double():
                     exact = (k_slc[start : start + t + 1, head].double() @ query / math.sqrt(dim)).softmax(0)
                     for s, p in enumerate(exact):
-                        mass[s // 8] += p
+                        mass[s // 8] += p * v_slc[start + s, head].double().norm()
                     seen = [i for i in range(len(block_keys)) if 4 * i + 7 <= t]
                     if seen:
                         p = torch.stack([block_keys[i] @ query for i in seen]).div(math.sqrt(dim)).softmax(0)
@@ -84,7 +84,7 @@ def test_alignment_is_the_divergence_of_block_masses():
     assert k_cmp.grad is None
     assert layer.phi_k_weight.grad.abs().sum() > 0
     near = torch.tensor([3, 20])
-    assert alignment_loss(q, k_cmp, k_slc, layer, layout, near) == 0
+    assert alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, near) == 0
 
 
 def test_gates_open_once():

@@ -92,19 +92,23 @@ def test_mass_and_divergence_are_their_formulas_in_float64():
     q, k = torch.randn(1, 2, 2, 3, 8), torch.randn(1, 2, LENGTH, 8)
     positions, blocks = torch.tensor([20, 57, 92]), 12
     mass = exact_mass(q @ k[:, :, None].transpose(-1, -2), positions, 8)
+    values = torch.randn(1, 2, LENGTH, 5)
+    weighted = exact_mass(q @ k[:, :, None].transpose(-1, -2), positions, 8, values)
     importance = torch.rand(1, 2, 3, blocks)
     free = free_blocks(positions, blocks, config)
     terms = []
     for head in range(2):
         for m, t in enumerate(positions.tolist()):
-            target = [0.0] * blocks
+            target, long = [0.0] * blocks, [0.0] * blocks
             for g in range(2):
                 logits = [sum((q[0, head, g, m].double() * k[0, head, s].double()).tolist()) for s in range(t + 1)]
                 total = sum(math.exp(x) for x in logits)
                 for s, x in enumerate(logits):
                     target[s // 8] += math.exp(x) / total
+                    long[s // 8] += math.exp(x) / total * math.sqrt(sum(v * v for v in values[0, head, s].tolist()))
             assert mass[0, head, m].tolist() == pytest.approx(target, abs=1e-5)
             assert sum(target) == pytest.approx(2)
+            assert weighted[0, head, m].tolist() == pytest.approx(long, abs=1e-5)
             able = list(range(1, t // 8 - 1))  # neither block 0 nor the two newest
             assert free[m].nonzero().flatten().tolist() == able
             if len(able) > 1:

@@ -1,6 +1,7 @@
-"""Dense, converted and adapted policy side by side: loss by position, needles found, and what adaptation did.
+"""Dense, converted and adapted policy side by side: loss by position, needles found, how much of exact attention the
+chosen blocks hold, and what adaptation did.
 
-    PYTHONPATH=. python benchmarks/long_context.py smollm2 --text ESSAYS --converted --adapt BOOKS --minutes 1
+    PYTHONPATH=. python benchmarks/long_context.py smollm2 --text ESSAYS --converted --adapt BOOKS --minutes 3
 
 Texts are files, or folders of .txt files. Without --converted and --adapt only the policy itself is measured.
 Lengths over --native are measured with the YaRN scaling that reaches them (arXiv 2309.00071), untrained.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,23 @@ import torch
 
 from plumbline.models.adapt import Recipe, adapt, mean_gates
 from plumbline.models.load import load_policy, load_tokenizer
-from plumbline.models.longcontext import Estimate, find_needles, needles, read_tokens, token_losses, windows
+from plumbline.models.longcontext import (
+    Estimate,
+    attention_recall,
+    find_needles,
+    needle_recall,
+    needles,
+    read_tokens,
+    token_losses,
+    windows,
+)
 from plumbline.models.policy import Policy
 from plumbline.models.rope import Rope
 
+STEPS = ("layer_steps", "gate_steps", "all_steps")
+# Of a length, looked at for the needle's blocks; windows likewise for the recall of attention.
+RECALL_NEEDLES = 10
+RECALL_WINDOWS = 4
 STARTED = time.perf_counter()
 
 
@@ -41,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     recipe = Recipe()
-    for name in ("context", "tokens_per_step", "tokens_per_microbatch", "gate_steps", "all_steps"):
+    for name in ("context", "tokens_per_step", "tokens_per_microbatch", *STEPS):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(recipe, name))
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path, help="JSON lines")
@@ -80,6 +95,14 @@ def measure(name: str, policy: Policy, tokenizer: Any, text: torch.Tensor, args:
             part = Estimate.of(losses[:, max(low - 1, 0) : high - 1].mean(1))
             records.append({"policy": name, "what": "loss", "from": low, "to": high, **vars(part)})
             say(f"{name:10} loss of tokens {low:>5} to {high:>5}: {shown(part, '.4f')}")
+        config = policy.config.nsa_config
+        if policy.config.attention == "nsa" and args.window > config.count * config.select_block:
+            some = windows([text], args.window, min(RECALL_WINDOWS, args.windows))
+            chosen, best = attention_recall(policy, some, autocast=autocast)
+            part, limit = Estimate.of(chosen.mean(1)), best.mean().item()
+            layers = {"layers": chosen.mean(0).tolist(), "best_layers": best.mean(0).tolist()}
+            records.append({"policy": name, "what": "recall", **vars(part), "best": limit, **layers})
+            say(f"{name:10} recall of attention mass: {shown(part, '.1%')}, the best choice {limit:.1%}")
     for length in args.lengths if args.needles else []:
         # Longer contexts cost more: the same number of tokens a length, from the native one on.
         count = max(16, args.needles * min(args.native, length) // length)
@@ -98,6 +121,15 @@ def measure(name: str, policy: Policy, tokenizer: Any, text: torch.Tensor, args:
             }
         )
         say(f"{name:10} needle at {length:>5}: found {shown(share, '.1%')}, loss {shown(nats, '.3f')}")
+        if policy.config.attention == "nsa":
+            seen = needle_recall(policy, questions[:RECALL_NEEDLES], autocast=autocast)
+            mass, held, best = (part.sum().item() for part in (seen.mass, seen.held, seen.best))
+            figures = {"held": held / mass, "best": best / mass, "chosen": seen.chosen.mean().item()}
+            records.append({"policy": name, "what": "needle_blocks", "length": length, **figures})
+            say(
+                f"{name:10} needle at {length:>5}: its blocks chosen {figures['chosen']:.1%}, of the attention on them "
+                f"{figures['held']:.1%} held, by the best choice {figures['best']:.1%}"
+            )
     scaled(policy, 1, 1)
     return records
 
@@ -118,21 +150,23 @@ def main() -> None:
             records += measure("converted", policy, tokenizer, text, args)
     if args.adapt:
         rows = windows(read_tokens(files(args.adapt), tokenizer), args.context)
-        names = ("context", "tokens_per_step", "tokens_per_microbatch", "gate_steps", "all_steps", "minutes")
+        names = ("context", "tokens_per_step", "tokens_per_microbatch", *STEPS, "minutes")
         recipe = Recipe(**{name: getattr(args, name) for name in names})
         warm_up(policy, rows, recipe)
         say(f"adapting on {len(rows)} windows of {args.context} tokens")
-        steps: list[dict] = []
+        for name, part in parts_of(recipe):
+            steps: list[dict] = []
 
-        def report(figures: dict) -> None:
-            steps.append({"what": "step", **figures})
-            if figures["step"] % 10 == 1:
-                say(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+            def report(figures: dict, steps: list[dict] = steps) -> None:
+                steps.append({"what": "step", **figures})
+                if figures["step"] % 10 == 1:
+                    say(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
-        adapt(policy, rows, recipe, report)
-        records += steps
-        say(f"adapted: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
-        records += measure("adapted", policy, tokenizer, text, args)
+            adapt(policy, rows, part, report)
+            records += steps
+            say(f"{name}: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
+            if steps:  # a policy whose gates are trained has no layer stage
+                records += measure(name, policy, tokenizer, text, args)
         autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")
         with autocast:
             gates = mean_gates(policy, rows[:2])
@@ -142,6 +176,22 @@ def main() -> None:
         card = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
         common = {"checkpoint": str(args.policy), "card": card, "torch": torch.__version__, "dtype": args.dtype}
         args.out.write_text("".join(json.dumps({**common, **record}) + "\n" for record in records))
+
+
+def parts_of(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """The layer stage and the others, each to be measured after; they share the time as one adaptation would."""
+    whole = recipe.layer_steps + recipe.gate_steps + recipe.all_steps
+    parts = {
+        "layers": replace(recipe, gate_steps=0, all_steps=0),
+        "adapted": replace(recipe, layer_steps=0, seed=recipe.seed + 1),
+    }
+    made = []
+    for name, part in parts.items():
+        steps = part.layer_steps + part.gate_steps + part.all_steps
+        if steps:
+            minutes = None if recipe.minutes is None else recipe.minutes * steps / whole
+            made.append((name, replace(part, minutes=minutes)))
+    return made
 
 
 def warm_up(policy: Policy, rows: torch.Tensor, recipe: Recipe) -> None:

@@ -1,9 +1,9 @@
-"""Adaptation: a converted policy learns to use its gates and its compression map on long text.
+"""Adaptation: a converted policy learns to use sparse attention on long text.
 
-Stage 1 trains gates and phi with everything else frozen, stage 2 trains all. Both minimise the next-token loss plus an
-alignment loss. No gradient flows through the choice of blocks (arXiv 2502.11089), so the next-token loss alone teaches
-phi to summarise but not to rank; the alignment loss does that: the blocks' compressed scores are drawn to the mass that
-exact attention gives the same blocks (the warm-up of DeepSeek-V3.2's indexer, arXiv 2512.02556, does the same).
+Stage 1 teaches each layer by itself to do what exact attention does (`layerwise`). Stage 2 trains gates and phi with
+everything else frozen, stage 3 trains all; both minimise the next-token loss plus an alignment loss. No gradient flows
+through the choice of blocks (arXiv 2502.11089), so the next-token loss alone teaches phi to summarise but not to rank;
+the alignment loss keeps the ranking with the queries as they drift.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbline.kernels.nsa import Layout, NSAConfig
-from plumbline.kernels.nsa.config import overlap_weights
-from plumbline.kernels.nsa.reference import compress_padded, compressed_logits, compressed_probabilities
+from plumbline.kernels.nsa import Layout
 from plumbline.models.attention import SparseAttention, open_gate_bias
+from plumbline.models.layerwise import (
+    Student,
+    divergence,
+    exact_mass,
+    free_blocks,
+    layerwise_step,
+    rank,
+    scaled_queries,
+)
 from plumbline.models.policy import Policy
 
 LOGIT_ROWS = 4096
@@ -36,24 +44,28 @@ class Recipe:
         context: tokens of a training window.
         tokens_per_step: of an optimizer step, a multiple of context.
         tokens_per_microbatch: of one forward and backward pass, a multiple of context.
-        gate_steps, all_steps: optimizer steps of the two stages.
+        layer_steps, gate_steps, all_steps: optimizer steps of the three stages. The first is for fresh conversions: a
+            policy whose gates have been trained is no longer the dense one with tokens left out, and skips it.
+        layer_queries: positions a window at which stage 1 compares a layer with the dense one.
         gate_share: gates start at (s, 1 - 2 s, s): their sum stays 1.
-        new_learning_rate: of gates and phi in stage 1; a third of it in stage 2.
-        learning_rate: of everything else in stage 2.
-        alignment: factor of the alignment loss; 0 leaves it out.
+        new_learning_rate: of gates and phi in stage 2; a third of it in stage 3.
+        learning_rate: of everything else in stage 3. Stage 1 has rates of its own (`layerwise`).
+        alignment: factor of the alignment loss in stages 2 and 3; 0 leaves it out.
         alignment_queries: positions a window at which exact and compressed scores are compared.
         warmup: share of a stage in which the learning rate rises; it then falls along a cosine to a tenth.
         max_norm: of the gradient.
-        minutes: both stages together end after this time at the latest, the learning rate lowered accordingly.
+        minutes: all stages together end after this time, shared out by their steps, the learning rate lowered accordingly.
         seed: order of the windows, and the compared positions.
     """
 
     context: int = 8192
     tokens_per_step: int = 65_536
     tokens_per_microbatch: int = 16_384
-    gate_steps: int = 50
-    all_steps: int = 200
-    gate_share: float = 0.05
+    layer_steps: int = 200
+    gate_steps: int = 20
+    all_steps: int = 100
+    layer_queries: int = 128
+    gate_share: float = 0.01
     new_learning_rate: float = 1e-3
     learning_rate: float = 5e-5
     alignment: float = 0.5
@@ -94,12 +106,12 @@ def open_gates(policy: Policy, share: float) -> bool:
 
 
 def alignment_loss(
-    q: Tensor, k_cmp: Tensor, k_slc: Tensor, layer: SparseAttention, layout: Layout, positions: Tensor
+    q: Tensor, k_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, layer: SparseAttention, layout: Layout, positions: Tensor
 ) -> Tensor:
-    """How far the compressed scores of selection blocks are from exact attention's.
+    """How far the compressed scores of selection blocks are from exact attention's, weighted as in `layerwise`.
 
     Args:
-        q: [T, Hq, D]; k_cmp, k_slc: [T, Hkv, D], rotated. Only phi gets a gradient.
+        q: [T, Hq, D]; k_cmp, k_slc: [T, Hkv, D], rotated; v_slc: [T, Hkv, Dv]. Only phi gets a gradient.
         layout: of sequences of one length.
         positions: [m] int64, the queries compared, the same in each sequence.
 
@@ -107,45 +119,19 @@ def alignment_loss(
         KL divergence (nats) of the two distributions over the blocks that are not always chosen, a scalar: the mean
         over sequences, kv heads and those positions that have two such blocks or more.
     """
-    config: NSAConfig = layer.nsa
-    scale = config.scale if config.scale is not None else 1 / math.sqrt(q.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
-        query = layout.pad(q.detach())[:, :, positions].float()
-        keys = layout.pad(k_slc.detach()).float()
-        raw = layout.pad(k_cmp.detach()).float()
-        size, length = config.select_block, layout.longest
-        count = -(-length // size)
-        j = torch.arange(count, device=q.device)
-        own = (positions // size)[:, None]
-        free = (j >= config.initial) & (j <= own - config.local)  # [m, S]
-        rows = free.sum(-1) > 1
-        if not bool(rows.any()):
-            return query.new_zeros(())
-
-        with torch.no_grad():
-            seen = torch.arange(length, device=q.device) <= positions[:, None]
-            exact = torch.softmax(compressed_logits(query, keys, scale).masked_fill(~seen, -math.inf), -1).sum(2)
-            exact = F.pad(exact, (0, count * size - length)).unflatten(-1, (count, size)).sum(-1)
-        k_blocks = compress_padded(
-            raw, layer.phi_k_weight, layer.phi_k_position, config.block, config.stride, config.phi
-        )
-        ends = torch.arange(k_blocks.shape[2], device=q.device) * config.stride + config.block - 1
-        p = compressed_probabilities(compressed_logits(query, k_blocks, scale), ends <= positions[:, None]).sum(2)
-        weights = overlap_weights(k_blocks.shape[2], count, config.block, config.stride, size, p)
-
-        target = exact[..., rows, :] * free[rows]
-        target = target / target.sum(-1, keepdim=True).clamp(min=1e-9)
-        score = ((p @ weights)[..., rows, :] * free[rows]).clamp(min=1e-9)
-        score = torch.where(free[rows], score, torch.zeros_like(score))
-        log_score = torch.log(score.clamp(min=1e-9) / score.sum(-1, keepdim=True))
-        return (torch.xlogy(target, target) - target * log_score).sum(-1).mean()
+        query = scaled_queries(layout.pad(q.detach()), layer, positions)
+        keys, values, raw = (layout.pad(x.detach()).float() for x in (k_slc, v_slc, k_cmp))
+        mass = exact_mass(query @ keys[:, :, None].transpose(-1, -2), positions, layer.nsa.select_block, values)
+        _, importance = rank(query, raw, layer, positions)
+        return divergence(importance, mass, free_blocks(positions, mass.shape[-1], layer.nsa))
 
 
 @contextmanager
 def observed(
-    policy: Policy, watch: Callable[[SparseAttention, Tensor, Tensor, Tensor, Layout], None]
+    policy: Policy, watch: Callable[[SparseAttention, Tensor, Tensor, Tensor, Tensor, Layout], None]
 ) -> Iterator[None]:
-    """Calls watch(layer, q, k_cmp, k_slc, layout) in every sparse layer's forward pass."""
+    """Calls watch(layer, q, k_cmp, k_slc, v_slc, layout) in every sparse layer's forward pass."""
     layers = sparse_layers(policy)
     for layer in layers:
         layer.observer = watch
@@ -167,14 +153,20 @@ def _next_token_loss(policy: Policy, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def batches(windows: Tensor, per_step: int, seed: int) -> Iterator[Tensor]:
-    """Windows [N, L] in shuffled order, per_step rows at a time, for ever; each is seen once before any is seen twice."""
+    """Windows [N, L] in shuffled order, per_step rows at a time, for ever; each is seen once before any is seen twice.
+
+    Each time round, the text is cut at other places, so that no position sees the same token again.
+    """
     generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
+    waiting = torch.empty(0, windows.shape[1], dtype=windows.dtype)
+    shift = 0
     while True:
         while len(waiting) < per_step:
-            waiting += torch.randperm(len(windows), generator=generator).tolist()
+            cut = windows.flatten().roll(-shift).view_as(windows)
+            waiting = torch.cat([waiting, cut[torch.randperm(len(windows), generator=generator)]])
+            shift = int(torch.randint(windows.shape[1], (), generator=generator))
         rows, waiting = waiting[:per_step], waiting[per_step:]
-        yield windows[rows]
+        yield rows
 
 
 def adapt(
@@ -195,27 +187,24 @@ def adapt(
         raise ValueError("adaptation needs a policy with nsa attention; convert it first")
     if windows.shape[1] != recipe.context:
         raise ValueError(f"windows have {windows.shape[1]} tokens, the recipe says {recipe.context}")
-    open_gates(policy, recipe.gate_share)
-    new = [p for n, p in policy.named_parameters() if (".gate_proj." in n and ".self_attn." in n) or ".phi_" in n]
-    rest = [p for p in policy.parameters() if all(p is not other for other in new)]
+    fresh = open_gates(policy, recipe.gate_share)
     stream = batches(windows, recipe.tokens_per_step // recipe.context, recipe.seed)
     start = time.monotonic()
     policy.train()
-    whole = recipe.gate_steps + recipe.all_steps
-    stages = [
-        (1, recipe.gate_steps, [(new, recipe.new_learning_rate)]),
-        (2, recipe.all_steps, [(new, recipe.new_learning_rate / 3), (rest, recipe.learning_rate)]),
-    ]
-    for number, steps, groups in stages:
-        for parameter in rest:
-            parameter.requires_grad_(number == 2)
-        optimizer = torch.optim.AdamW(
-            [{"params": members, "lr": rate, "peak": rate} for members, rate in groups],
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-        )
+    counts = [recipe.layer_steps if fresh else 0, recipe.gate_steps, recipe.all_steps]
+    stages = [_layer_stage, _gate_stage, _whole_stage]
+    for number, (steps, stage) in enumerate(zip(counts, stages, strict=True), 1):
+        if not steps:
+            continue
+        policy.requires_grad_(False)
+        groups, run = stage(policy, recipe)
+        for group in groups:
+            group["peak"] = group["lr"]
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         begun = time.monotonic()
-        seconds = None if recipe.minutes is None else recipe.minutes * 60 * steps / whole
+        seconds = None if recipe.minutes is None else recipe.minutes * 60 * steps / sum(counts)
         for step in range(steps):
             # Whichever of the steps and the clock is further along decides.
             done = step / steps
@@ -226,23 +215,75 @@ def adapt(
             rate = min(1.0, (done + 1 / steps) / recipe.warmup) * (0.55 + 0.45 * math.cos(math.pi * done))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-            figures = _step(policy, next(stream), recipe, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            figures = run(next(stream))
+            optimizer.step()
             report({"stage": number, "step": step + 1, "rate": rate, **figures, "seconds": time.monotonic() - start})
+    policy.requires_grad_(True)
     policy.eval()
 
 
-def _step(policy: Policy, rows: Tensor, recipe: Recipe, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+Groups = list[dict[str, Any]]
+Run = Callable[[Tensor], dict[str, float]]
+
+
+def _layer_stage(policy: Policy, recipe: Recipe) -> tuple[Groups, Run]:
+    students = [Student(layer) for layer in sparse_layers(policy)]
+    # Layers share their rates: one group a rate, so that an optimizer step takes few launches.
+    groups = [
+        {"params": [p for group in same for p in group["params"]], "lr": same[0]["lr"]}
+        for same in zip(*(student.groups() for student in students), strict=True)
+    ]
+    return groups, lambda rows: _layer_step(policy, students, rows, recipe)
+
+
+def _gate_stage(policy: Policy, recipe: Recipe) -> tuple[Groups, Run]:
+    new = [p for name, p in policy.named_parameters() if is_new(name)]
+    return [{"params": new, "lr": recipe.new_learning_rate}], lambda rows: _step(policy, rows, recipe)
+
+
+def _whole_stage(policy: Policy, recipe: Recipe) -> tuple[Groups, Run]:
+    new = [p for name, p in policy.named_parameters() if is_new(name)]
+    rest = [p for name, p in policy.named_parameters() if not is_new(name)]
+    groups = [{"params": new, "lr": recipe.new_learning_rate / 3}, {"params": rest, "lr": recipe.learning_rate}]
+    return groups, lambda rows: _step(policy, rows, recipe)
+
+
+def is_new(name: str) -> bool:
+    """Whether the parameter is one that conversion adds, a gate or phi."""
+    return ".phi_" in name or (".gate_proj." in name and ".self_attn." in name)
+
+
+def _positions(recipe: Recipe, count: int, device: torch.device) -> Tensor:
+    """New ones for each pass; the same in each window of it."""
+    return torch.randint(0, recipe.context, (count,)).sort().values.to(device)
+
+
+def _layer_step(policy: Policy, students: list[Student], rows: Tensor, recipe: Recipe) -> dict[str, float]:
+    device = policy.device
+    total = torch.zeros(2, device=device)
+    for micro in rows.split(recipe.tokens_per_microbatch // recipe.context):
+        ids, share = micro.to(device), len(micro) / len(rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            total += share * layerwise_step(
+                policy, students, ids, _positions(recipe, recipe.layer_queries, device), share
+            )
+    aligned, error = total.tolist()
+    if not math.isfinite(aligned + error):
+        raise ValueError(f"a layer's loss is not finite (alignment {aligned:.4g}, output error {error:.4g})")
+    return {"alignment": aligned, "output_error": error, "tokens": rows.numel()}
+
+
+def _step(policy: Policy, rows: Tensor, recipe: Recipe) -> dict[str, float]:
     device = policy.device
     per_pass = recipe.tokens_per_microbatch // recipe.context
     tokens = rows.shape[0] * (rows.shape[1] - 1)
     layers = len(sparse_layers(policy))
-    optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(2, device=device)
     for micro in rows.split(per_pass):
         ids = micro.to(device)
         ends = torch.arange(len(ids) + 1, dtype=torch.int32, device=device) * recipe.context
-        # A few positions, new ones in each pass; only those past the reach of selection say anything.
-        positions = torch.randint(0, recipe.context, (recipe.alignment_queries,)).sort().values.to(device)
+        positions = _positions(recipe, recipe.alignment_queries, device)
         parts: list[Tensor] = []
 
         def watch(
@@ -250,11 +291,12 @@ def _step(policy: Policy, rows: Tensor, recipe: Recipe, optimizer: torch.optim.O
             q: Tensor,
             k_cmp: Tensor,
             k_slc: Tensor,
+            v_slc: Tensor,
             layout: Layout,
             positions: Tensor = positions,
             parts: list[Tensor] = parts,
         ) -> None:
-            parts.append(alignment_loss(q, k_cmp, k_slc, layer, layout, positions))
+            parts.append(alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, positions))
 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             if recipe.alignment:
@@ -270,7 +312,6 @@ def _step(policy: Policy, rows: Tensor, recipe: Recipe, optimizer: torch.optim.O
     norm = nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], recipe.max_norm)
     if not bool(torch.isfinite(norm)):
         raise ValueError(f"the gradient is not finite (loss {total[0].item():.4g}); lower the learning rates")
-    optimizer.step()
     return {"loss": total[0].item(), "alignment": total[1].item(), "gradient_norm": norm.item(), "tokens": tokens}
 
 

@@ -105,8 +105,8 @@ class SparseAttention(Attention):
         self.phi_k_position = nn.Parameter(torch.zeros(heads, block, dim))
         self.phi_v_weight = nn.Parameter(torch.empty(shape))
         self.phi_v_position = nn.Parameter(torch.zeros(heads, block, dim))
-        # Adaptation looks at queries and keys here: called with (layer, q, k_cmp, k_slc, layout).
-        self.observer: Callable[[SparseAttention, Tensor, Tensor, Tensor, Layout], None] | None = None
+        # Adaptation looks at queries and keys here: called with (layer, q, k_cmp, k_slc, v_slc, layout).
+        self.observer: Callable[[SparseAttention, Tensor, Tensor, Tensor, Tensor, Layout], None] | None = None
         self.reset_phi()
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class SparseAttention(Attention):
         q, (cmp, slc, win) = self.project(x, cos, sin)
         gates = self.gates(x)
         if self.observer is not None:
-            self.observer(self, q, cmp[0], slc[0], layout)
+            self.observer(self, q, cmp[0], *slc, layout)
         # The kernels fix their own precision: autocast would round the scores that choose blocks.
         with torch.autocast(x.device.type, enabled=False):
             phi = self.phi(q.dtype)

@@ -1,4 +1,5 @@
-"""What a policy makes of long contexts: its loss by position, and whether it finds a needle in a haystack."""
+"""What a policy makes of long contexts: its loss by position, whether it finds a needle in a haystack, and how much of
+exact attention its choice of blocks holds."""
 
 from __future__ import annotations
 
@@ -14,6 +15,10 @@ import torch.nn.functional as F
 from scipy.stats import t as student
 from torch import Tensor
 
+from plumbline.kernels.nsa import Layout
+from plumbline.models.adapt import observed
+from plumbline.models.attention import SparseAttention
+from plumbline.models.layerwise import chosen_blocks, exact_mass, rank, scaled_queries
 from plumbline.models.policy import Policy
 
 CITIES = [
@@ -133,11 +138,13 @@ def token_losses(policy: Policy, rows: Tensor, *, autocast: torch.dtype | None =
 
 @dataclass(frozen=True)
 class Needle:
-    """One question: token ids of text, needle and question, then those of the answer."""
+    """One question: token ids of text, needle and question, then those of the answer. The needle is prompt[start:stop]."""
 
     prompt: Tensor
     answer: Tensor
     depth: float
+    start: int
+    stop: int
 
 
 def needles(
@@ -178,7 +185,8 @@ def needles(
         hay = stream[start : start + room]
         depth = depths[number % len(depths)]
         cut = round(depth * room)
-        made.append(Needle(torch.cat([hay[:cut], needle, hay[cut:], question]), answer, depth))
+        prompt = torch.cat([hay[:cut], needle, hay[cut:], question])
+        made.append(Needle(prompt, answer, depth, cut, cut + len(needle)))
     return made
 
 
@@ -208,3 +216,95 @@ def find_needles(
                 found.append(bool((logits.argmax(-1) == question.answer).all()))
                 losses.append(F.cross_entropy(logits, question.answer).item())
     return torch.tensor(found), torch.tensor(losses)
+
+
+@torch.no_grad()
+def block_choices(
+    policy: Policy, ids: Tensor, positions: Tensor, *, autocast: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What exact attention would give each selection block, and which blocks are chosen, as the policy runs.
+
+    Args:
+        policy: with NSA attention.
+        ids: [L] int64, one sequence; positions: [m] int64, the queries looked at.
+
+    Returns:
+        mass [layers, Hkv, m, S] float32, of exact attention over the selected branch's keys, the mean over the group;
+        chosen and best, bool of that shape: the blocks chosen, and those that choosing by mass would take.
+    """
+    if policy.config.attention != "nsa":
+        raise ValueError("full attention chooses no blocks")
+    ids, positions = ids.to(policy.device), positions.to(policy.device)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def look(layer: SparseAttention, q: Tensor, k_cmp: Tensor, k_slc: Tensor, _: Tensor, layout: Layout) -> None:
+        with torch.autocast(q.device.type, enabled=False):
+            query = scaled_queries(layout.pad(q), layer, positions)
+            keys, raw = (layout.pad(k).float() for k in (k_slc, k_cmp))
+            mass = exact_mass(query @ keys[:, :, None].transpose(-1, -2), positions, layer.nsa.select_block)
+            _, importance = rank(query, raw, layer, positions)
+            chosen, best = (chosen_blocks(scores, positions, layer.nsa) for scores in (importance, mass))
+        parts.append((mass[0] / (layer.heads // layer.kv_heads), chosen[0], best[0]))
+
+    ends = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
+    with observed(policy, look), _cast(policy, autocast):
+        policy.hidden_states(ids, ends)
+    mass, chosen, best = (torch.stack(part) for part in zip(*parts, strict=True))
+    return mass, chosen, best
+
+
+def attention_recall(
+    policy: Policy, rows: Tensor, *, queries: int = 64, autocast: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Share of exact attention's mass that the chosen blocks hold, beyond the tokens that selection reaches anyway.
+
+    Args:
+        rows: [N, L] windows; queries: evenly spaced positions of each.
+
+    Returns:
+        Recall of the blocks chosen, and of the best choice there is, both [N, layers] float32 on the CPU.
+
+    Raises:
+        ValueError: full attention, or windows that selection reaches whole.
+    """
+    config, length = policy.config.nsa_config, rows.shape[1]
+    reach = config.count * config.select_block
+    if length <= reach:
+        raise ValueError(f"selection reaches {reach} tokens; recall needs windows longer than {length}")
+    positions = torch.linspace(reach, length - 1, queries).long()
+    found = []
+    for row in rows:
+        mass, *choices = block_choices(policy, row, positions, autocast=autocast)
+        found.append(torch.stack([(mass * choice).sum(-1).mean((1, 2)) for choice in choices]).cpu())
+    chosen, best = torch.stack(found).unbind(1)
+    return chosen, best
+
+
+@dataclass(frozen=True)
+class NeedleRecall:
+    """How the queries that give the answer see the needle's blocks, all [n, layers] float32 on the CPU.
+
+    Attributes:
+        mass: of exact attention on them, the mean over heads and queries.
+        held: the part of it in blocks chosen; best: in the best choice.
+        chosen: share of kv heads, queries and blocks of the needle in which the block is chosen.
+    """
+
+    mass: Tensor
+    held: Tensor
+    best: Tensor
+    chosen: Tensor
+
+
+def needle_recall(policy: Policy, questions: Sequence[Needle], *, autocast: torch.dtype | None = None) -> NeedleRecall:
+    """Whether sparse attention chooses the blocks with the needle; raises as block_choices."""
+    size = policy.config.nsa_config.select_block
+    parts = []
+    for question in questions:
+        row = torch.cat([question.prompt, question.answer])
+        positions = torch.arange(len(question.prompt) - 1, len(row) - 1)
+        blocks = slice(question.start // size, (question.stop - 1) // size + 1)
+        mass, chosen, best = (x[..., blocks] for x in block_choices(policy, row, positions, autocast=autocast))
+        held = [(mass * choice).sum(-1).mean((1, 2)) for choice in (torch.ones_like(chosen), chosen, best)]
+        parts.append(torch.stack([*held, chosen.float().mean((1, 2, 3))]).cpu())
+    return NeedleRecall(*torch.stack(parts).unbind(1))

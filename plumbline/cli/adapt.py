@@ -21,20 +21,25 @@ def adapt(
         typer.Option(help="UTF-8 text file or folder of .txt files; give it again for more.", show_default=False),
     ],
     context: Annotated[int, typer.Option(min=64, help="Tokens of a training window.")] = 8192,
-    gate_steps: Annotated[int, typer.Option(min=0, help="Steps that train gates and phi alone.")] = 50,
-    all_steps: Annotated[int, typer.Option(min=0, help="Steps that then train everything.")] = 200,
+    layer_steps: Annotated[
+        int, typer.Option(min=0, help="Steps that teach each layer of a fresh conversion what exact attention does.")
+    ] = 200,
+    gate_steps: Annotated[int, typer.Option(min=0, help="Steps that then train gates and phi alone.")] = 20,
+    all_steps: Annotated[int, typer.Option(min=0, help="Steps that then train everything.")] = 100,
     tokens_per_step: Annotated[int, typer.Option(min=64, help="Tokens of an optimizer step.")] = 65_536,
     tokens_per_microbatch: Annotated[
         int, typer.Option(min=64, help="Tokens of one forward and backward pass.")
     ] = 16_384,
     learning_rate: Annotated[float, typer.Option(help="Of the checkpoint's own weights.")] = 5e-5,
-    new_learning_rate: Annotated[float, typer.Option(help="Of gates and phi.")] = 1e-3,
-    alignment: Annotated[float, typer.Option(min=0, help="Factor of the loss that teaches phi to rank blocks.")] = 0.5,
-    minutes: Annotated[float | None, typer.Option(help="End both stages within this time.")] = None,
+    new_learning_rate: Annotated[float, typer.Option(help="Of gates and phi, after the first stage.")] = 1e-3,
+    alignment: Annotated[
+        float, typer.Option(min=0, help="Factor of the loss that keeps phi ranking, after the first stage.")
+    ] = 0.5,
+    minutes: Annotated[float | None, typer.Option(help="End all stages within this time.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Order of the windows.")] = 0,
 ) -> None:
-    """Train gates and the compression map first, then all weights, on long text; write a policy folder."""
+    """Teach each layer, then gates and the compression map, then all weights, on long text; write a policy folder."""
     import json
 
     import torch
@@ -59,6 +64,7 @@ def adapt(
             context=context,
             tokens_per_step=tokens_per_step,
             tokens_per_microbatch=tokens_per_microbatch,
+            layer_steps=layer_steps,
             gate_steps=gate_steps,
             all_steps=all_steps,
             new_learning_rate=new_learning_rate,
@@ -89,15 +95,13 @@ def adapt(
     print(f"{len(rows)} windows of {context:,} tokens from {len(files)} files; {device}")
     records: list[dict[str, float]] = []
     with Progress() as progress:
-        bar = progress.add_task("adapting", total=gate_steps + all_steps)
+        bar = progress.add_task("adapting", total=layer_steps + gate_steps + all_steps)
 
         def report(figures: dict[str, float]) -> None:
             records.append(figures)
-            progress.update(
-                bar,
-                advance=1,
-                description=f"stage {figures['stage']}, loss {figures['loss']:.3f}, alignment {figures['alignment']:.3f}",
-            )
+            main = "output_error" if "output_error" in figures else "loss"
+            shown = f"{main.replace('_', ' ')} {figures[main]:.3f}, alignment {figures['alignment']:.3f}"
+            progress.update(bar, advance=1, description=f"stage {figures['stage']}, {shown}")
 
         train(policy, rows, recipe, report)
     save_folder(policy.to(stored), checkpoint, target)  # type: ignore[arg-type]

@@ -76,20 +76,25 @@ def test_convert(run, dense, tmp_path):
 def test_adapt(run, dense, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("one two three, and so on. " * 200, encoding="utf-8")
-    arguments = ["--context", 1280, "--gate-steps", 1, "--all-steps", 2]
+    arguments = ["--context", 1280, "--layer-steps", 2, "--gate-steps", 1, "--all-steps", 2]
     arguments += ["--tokens-per-step", 2560, "--tokens-per-microbatch", 1280, "--device", "cpu"]
     code, out, error = run("adapt", dense, "adapted", "--text", "texts", *arguments)
     assert code == 0, error
-    assert "7,674 tokens of training" in out
+    assert "12,794 tokens of training" in out
     records = [json.loads(line) for line in (tmp_path / "adapted" / "adaptation.jsonl").read_text().splitlines()]
-    assert [(record["stage"], record["step"]) for record in records] == [(1, 1), (2, 1), (2, 2)]
+    assert [(record["stage"], record["step"]) for record in records] == [(1, 1), (1, 2), (2, 1), (3, 1), (3, 2)]
+    assert records[1]["output_error"] < 1
+    assert records[2]["loss"] > 0
     policy = load_policy(tmp_path / "adapted")
     assert policy.dtype == torch.bfloat16
     assert policy.config.attention == "nsa"
     gates = sparse_layers(policy.float())[0].gates(torch.randn(3, 32))
-    assert 0.01 < gates[..., 0].max() < 0.2
+    assert 0.005 < gates[..., 0].max() < 0.1
     code, out, error = run("adapt", "adapted", "again", "--text", "texts/a.txt", *arguments)
     assert code == 0, error
+    # Its gates have been trained, so it is no longer the dense policy with tokens left out.
+    records = [json.loads(line) for line in (tmp_path / "again" / "adaptation.jsonl").read_text().splitlines()]
+    assert [record["stage"] for record in records] == [2, 3, 3]
 
 
 @pytest.mark.parametrize(

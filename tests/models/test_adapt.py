@@ -48,11 +48,11 @@ def test_alignment_is_the_divergence_of_block_masses():
     layer = sparse_layers(make())[0]
     torch.nn.init.normal_(layer.phi_k_weight, std=0.1)
     length, heads, kv_heads, dim = 70, 4, 2, 8
-    q, k_cmp, k_slc = (torch.randn(2 * length, h, dim) for h in (heads, kv_heads, kv_heads))
+    q, k_cmp, k_slc, v_slc = (torch.randn(2 * length, h, dim) for h in (heads, kv_heads, kv_heads, kv_heads))
     k_cmp.requires_grad_()
     layout = Layout(torch.tensor([0, length, 2 * length], dtype=torch.int32))
     positions = torch.tensor([3, 30, 41, 69])
-    loss = alignment_loss(q, k_cmp, k_slc, layer, layout, positions)
+    loss = alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, positions)
 
     terms = []
     for start in (0, length):
@@ -66,7 +66,7 @@ def test_alignment_is_the_divergence_of_block_masses():
                 for query in q[start + t, head * 2 : head * 2 + 2].double():
                     exact = (k_slc[start : start + t + 1, head].double() @ query / math.sqrt(dim)).softmax(0)
                     for s, p in enumerate(exact):
-                        mass[s // 8] += p
+                        mass[s // 8] += p * v_slc[start + s, head].double().norm()
                     seen = [i for i in range(len(block_keys)) if 4 * i + 7 <= t]
                     if seen:
                         p = torch.stack([block_keys[i] @ query for i in seen]).div(math.sqrt(dim)).softmax(0)
@@ -84,7 +84,7 @@ def test_alignment_is_the_divergence_of_block_masses():
     assert k_cmp.grad is None
     assert layer.phi_k_weight.grad.abs().sum() > 0
     near = torch.tensor([3, 20])
-    assert alignment_loss(q, k_cmp, k_slc, layer, layout, near) == 0
+    assert alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, near) == 0
 
 
 def test_gates_open_once():
@@ -105,6 +105,7 @@ RECIPE = Recipe(
     context=96,
     tokens_per_step=384,
     tokens_per_microbatch=192,
+    layer_steps=0,
     gate_steps=6,
     all_steps=0,
     alignment_queries=32,
@@ -113,7 +114,7 @@ RECIPE = Recipe(
 )
 
 
-def test_first_stage_trains_gates_and_phi_alone_and_lowers_alignment():
+def test_gate_stage_trains_gates_and_phi_alone_and_lowers_alignment():
     policy = make()
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     figures: list[dict[str, float]] = []
@@ -128,12 +129,12 @@ def test_first_stage_trains_gates_and_phi_alone_and_lowers_alignment():
     assert all(layer.observer is None for layer in sparse_layers(policy))
 
 
-def test_second_stage_trains_everything_and_lowers_the_loss():
+def test_last_stage_trains_everything_and_lowers_the_loss():
     policy = make()
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     figures: list[dict[str, float]] = []
     adapt(policy, copies(8, 96), replace(RECIPE, gate_steps=2, all_steps=30), figures.append)
-    assert [f["stage"] for f in figures] == [1] * 2 + [2] * 30
+    assert [f["stage"] for f in figures] == [2] * 2 + [3] * 30
     for name, value in policy.named_parameters():
         assert "phi_k_position" in name or not torch.equal(value, before[name]), name
     assert figures[-1]["loss"] < figures[0]["loss"] - 0.3
@@ -142,11 +143,11 @@ def test_second_stage_trains_everything_and_lowers_the_loss():
     assert 0 < gates.min() < gates.max() < 1
 
 
-def test_the_clock_ends_both_stages():
+def test_the_clock_ends_all_stages():
     figures: list[dict[str, float]] = []
-    endless = replace(RECIPE, gate_steps=10**6, all_steps=10**6, minutes=0.02)
+    endless = replace(RECIPE, layer_steps=10**6, gate_steps=10**6, all_steps=10**6, minutes=0.03)
     adapt(make(), copies(8, 96), endless, figures.append)
-    assert {f["stage"] for f in figures} == {1, 2}
+    assert {f["stage"] for f in figures} == {1, 2, 3}
     # The last step begins before the time is over, where a step takes long well before.
     assert figures[-1]["rate"] < 0.6
 
@@ -167,6 +168,14 @@ def test_every_window_is_seen_once_before_any_is_seen_twice():
     stream = batches(rows, 4, seed=3)
     seen = torch.cat([next(stream) for _ in range(5)]).flatten().tolist()
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    # The second time round the text is cut elsewhere, and is the same text.
+    longer = torch.arange(60).view(10, 6)
+    stream = batches(longer, 10, seed=3)
+    first, second = next(stream), next(stream)
+    assert sorted(first.tolist()) == longer.tolist()
+    assert sorted(second.flatten().tolist()) == list(range(60))
+    assert all(row.diff().remainder(60).eq(1).all() for row in second)
+    assert second[0, 0] % 6
 
 
 def test_needles_are_what_greedy_decoding_finds():
@@ -176,6 +185,9 @@ def test_needles_are_what_greedy_decoding_finds():
     for question, depth in zip(questions, (0.1, 0.3, 0.5, 0.7, 0.9, 0.1), strict=True):
         assert len(question.prompt) + len(question.answer) == 260
         assert question.depth == depth
+        words = Letters()("The special magic number for ")["input_ids"]
+        assert question.prompt[question.start + 1 :][: len(words)].tolist() == words
+        assert question.prompt[: question.stop][-len(question.answer) - 2 : -2].tolist() == question.answer.tolist()
         digits = Letters()(" 0123456789")["input_ids"]
         assert question.answer[0] == digits[0]
         assert set(question.answer[1:].tolist()) <= set(digits[1:])

@@ -138,18 +138,34 @@ def main() -> None:
     args = arguments()
     tokenizer = load_tokenizer(args.policy)
     text = torch.cat(read_tokens(files(args.text), tokenizer))
+    # Before anything is measured: a file that cannot be read should not cost what was.
+    rows = windows(read_tokens(files(args.adapt), tokenizer), args.context) if args.adapt else None
     where = {"dtype": torch.float32, "device": args.device}
     policy = load_policy(args.policy, **where)
     say(f"{args.policy} loaded, {policy.config.attention} attention; {len(text):,} tokens to measure on")
     name = "dense" if policy.config.attention == "full" else "sparse"
-    records = measure(name, policy, tokenizer, text, args)
+    records: list[dict] = []
+
+    def keep(new: list[dict]) -> None:
+        """After each part, so that a run which is cut off leaves what it had."""
+        records.extend(new)
+        if args.out:
+            card = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+            common = {
+                "checkpoint": Path(args.policy).name,
+                "card": card,
+                "torch": torch.__version__,
+                "dtype": args.dtype,
+            }
+            args.out.write_text("".join(json.dumps({**common, **record}) + "\n" for record in records))
+
+    keep(measure(name, policy, tokenizer, text, args))
     if args.converted or args.adapt:
         del policy
         policy = load_policy(args.policy, attention="nsa", **where)
         if args.converted:
-            records += measure("converted", policy, tokenizer, text, args)
-    if args.adapt:
-        rows = windows(read_tokens(files(args.adapt), tokenizer), args.context)
+            keep(measure("converted", policy, tokenizer, text, args))
+    if rows is not None:
         names = ("context", "tokens_per_step", "tokens_per_microbatch", *STEPS, "minutes")
         recipe = Recipe(**{name: getattr(args, name) for name in names})
         warm_up(policy, rows, recipe)
@@ -163,19 +179,15 @@ def main() -> None:
                     say(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
             adapt(policy, rows, part, report)
-            records += steps
+            keep(steps)
             say(f"{name}: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
             if steps:  # a policy whose gates are trained has no layer stage
-                records += measure(name, policy, tokenizer, text, args)
+                keep(measure(name, policy, tokenizer, text, args))
         autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")
         with autocast:
             gates = mean_gates(policy, rows[:2])
         say("mean gates (cmp, slc, win): " + ", ".join(f"{value:.3f}" for value in gates.mean(0).tolist()))
-        records.append({"what": "gates", "layers": gates.tolist()})
-    if args.out:
-        card = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-        common = {"checkpoint": str(args.policy), "card": card, "torch": torch.__version__, "dtype": args.dtype}
-        args.out.write_text("".join(json.dumps({**common, **record}) + "\n" for record in records))
+        keep([{"what": "gates", "layers": gates.tolist()}])
 
 
 def parts_of(recipe: Recipe) -> list[tuple[str, Recipe]]:

@@ -34,6 +34,8 @@ from plumbline.models.layerwise import (
 from plumbline.models.policy import Policy
 
 LOGIT_ROWS = 4096
+# That stage 1 takes in one pass. Its backward ends with each layer, so that it holds little, and what it costs is launches.
+MICROBATCHES_A_LAYER = 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Recipe:
     Attributes:
         context: tokens of a training window.
         tokens_per_step: of an optimizer step, a multiple of context.
-        tokens_per_microbatch: of one forward and backward pass, a multiple of context.
+        tokens_per_microbatch: of one forward and backward pass, a multiple of context. Stage 1 takes four at once.
         layer_steps, gate_steps, all_steps: optimizer steps of the three stages. The first is for fresh conversions: a
             policy whose gates have been trained is no longer the dense one with tokens left out, and skips it.
         layer_queries: positions a window at which stage 1 compares a layer with the dense one.
@@ -262,7 +264,7 @@ def _positions(recipe: Recipe, count: int, device: torch.device) -> Tensor:
 def _layer_step(policy: Policy, students: list[Student], rows: Tensor, recipe: Recipe) -> dict[str, float]:
     device = policy.device
     total = torch.zeros(2, device=device)
-    for micro in rows.split(recipe.tokens_per_microbatch // recipe.context):
+    for micro in rows.split(MICROBATCHES_A_LAYER * recipe.tokens_per_microbatch // recipe.context):
         ids, share = micro.to(device), len(micro) / len(rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             total += share * layerwise_step(

@@ -72,12 +72,19 @@ def test_triton_interpreter(definition, name):
     check(definition, TRITON_CASES[name], "triton", 1e-5, seed=len(name))
 
 
-@pytest.mark.parametrize("in_parts", [True, False], ids=["parts", "padded"])
-@pytest.mark.parametrize("name", PART_CASES)
-def test_triton_interpreter_where_head_dims_are_no_power_of_two(definition, monkeypatch, in_parts, name):
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Also where the environment asks for padding."""
     from plumbline.kernels.nsa.triton_backend import parts
 
-    monkeypatch.setattr(parts, "IN_PARTS", in_parts)
+    monkeypatch.setattr(parts, "IN_PARTS", True)
+    return parts
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["parts", "padded"])
+@pytest.mark.parametrize("name", PART_CASES)
+def test_triton_interpreter_where_head_dims_are_no_power_of_two(definition, monkeypatch, in_parts, padded, name):
+    monkeypatch.setattr(in_parts, "IN_PARTS", not padded)
     check(definition, PART_CASES[name], "triton", 1e-5, seed=len(name))
 
 

@@ -78,7 +78,7 @@ class RolloutWorker(_Actor):
         self.__dict__.pop("engine", None)
         self.engine = make_engine(config, path, attention, codec, device)
         self.asleep = False
-        return cards(device)
+        return list(cards(device))
 
     def load_weights(self, version: int, weights: dict[str, np.ndarray] | Ticket) -> float:
         """Take the learner's weights; returns their checksum as they stand here."""
@@ -187,7 +187,7 @@ class LearnerWorker(_Actor):
         self.learner = Learner(config, self.device, self.ranks)
         self.codec = Codec(config.policy.path, overrides=config.prompt)
         self.shelf = Shelf(torch.bfloat16 if config.rollout.precision == "bfloat16" else torch.float32)
-        return cards(self.device)
+        return list(cards(self.device))
 
     def load(self, folder: str) -> None:
         from plumbline.rl import learner_state

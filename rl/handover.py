@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 
-def cards(device: str) -> list[str]:
-    """Names, among those of all machines, of the GPUs that this process sees, its own first; none if `device` is no GPU."""
+def cards(device: str) -> dict[str, int]:
+    """Numbers, by names that hold among all machines, of this process's GPU, then of others that it sees and whose memory
+    its own can read; none if `device` is no GPU."""
     if torch.device(device).type != "cuda":
-        return []
-    host, own = socket.gethostname(), torch.device(device).index or 0
-    others = [number for number in range(torch.cuda.device_count()) if number != own]
-    return [f"{host}/{torch.cuda.get_device_properties(number).uuid}" for number in (own, *others)]
+        return {}
+    own = torch.device(device).index or 0
+    others = [n for n in range(torch.cuda.device_count()) if n != own and torch.cuda.can_device_access_peer(own, n)]
+    host = socket.gethostname()
+    return {f"{host}/{torch.cuda.get_device_properties(number).uuid}": number for number in (own, *others)}
 
 
 def see_also(gpus: Iterable[str]) -> None:
@@ -65,7 +67,7 @@ class Ticket:
             seen = cards("cuda:0")
             if self.card not in seen:
                 raise RuntimeError(f"this process does not see the learner's GPU {self.card}, only {', '.join(seen)}")
-            arguments[6] = seen.index(self.card)
+            arguments[6] = seen[self.card]
         return _views(rebuild(*arguments), self.table)
 
 
@@ -120,8 +122,7 @@ class Shelf:
 
         assert self.flat is not None
         rebuild, arguments = reduce_tensor(self.flat)
-        here = cards(str(self.flat.device))
-        return Ticket(here[0] if here else None, rebuild, arguments, self.table)
+        return Ticket(next(iter(cards(str(self.flat.device))), None), rebuild, arguments, self.table)
 
 
 def from_arrays(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

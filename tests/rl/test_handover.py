@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +66,15 @@ def test_another_process_maps_what_was_published_last(device):
 
 
 def test_only_a_gpu_has_a_name():
-    assert cards("cpu") == []
+    assert cards("cpu") == {}
+
+
+def test_gpus_are_named_the_own_first_and_only_those_that_can_be_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"gpu{number}"))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: (own, other) != (2, 0))
+    assert {name.split("/")[1]: number for name, number in cards("cuda:2").items()} == {"gpu2": 2, "gpu1": 1, "gpu3": 3}
+    assert list(cards("cuda:2").values()) == [2, 1, 3]
 
 
 def test_a_process_sees_more_gpus_behind_its_own(monkeypatch):

@@ -22,9 +22,7 @@ from plumbline.rl.rollout import RolloutEngine, make_engine
 def native(settings: dict[str, Any], keep: Keep) -> None:
     """Our learner and our engine, and the share of the floor that they reach."""
     keep({"machine": machine()})
-    rates = floors.Rates.measure()
-    if rates is not None:
-        keep({"rates": {"matmul_tflops": rates.flops / 1e12, "copy_tb_s": rates.copied / 1e12}})
+    rates = _rates(keep)
     last = _ours(Bench(settings), keep, "native")
     if last[1].policy.config.attention == "nsa":
         rates = None  # the floors are those of full attention
@@ -38,7 +36,7 @@ def native_alone(settings: dict[str, Any], keep: Keep) -> None:
     """Our engine answers each step's prompts; nothing is learnt. The rollout's share of the floor is that of the last
     window, answered once more."""
     keep({"machine": machine()})
-    rates = floors.Rates.measure()
+    rates = _rates(keep)
     bench = Bench(settings)
     config = bench.config
     began = time.perf_counter()
@@ -54,9 +52,16 @@ def native_alone(settings: dict[str, Any], keep: Keep) -> None:
         steps.append({"rollout": seconds, "completion_tokens": tokens, "rollout_tokens_per_second": tokens / seconds})
         keep(bench.summary(steps) | {"torch_peak_gib": peak_gib()})
     if rates is not None and config.policy.attention != "nsa":
-        keep({"rates": {"matmul_tflops": rates.flops / 1e12, "copy_tb_s": rates.copied / 1e12}})
         groups.sort(key=lambda group: group.prompt.index)
         _decode_floor(bench, engine, groups, keep, rates)
+
+
+def _rates(keep: Keep) -> floors.Rates | None:
+    """The card's own rates, measured and kept; None on a CPU."""
+    rates = floors.Rates.measure()
+    if rates is not None:
+        keep({"rates": {"matmul_tflops": rates.flops / 1e12, "copy_tb_s": rates.copied / 1e12}})
+    return rates
 
 
 def vllm(settings: dict[str, Any], keep: Keep) -> None:

@@ -65,7 +65,7 @@ def measure(settings: dict[str, Any], keep: Keep) -> None:
     """Steps as a run takes them, without its records and checkpoints."""
     from benchmarks.rl_bench import machine
     from benchmarks.weight_sync import make_policy
-    from plumbline.rl.batch import Prompt, Sampling
+    from plumbline.rl.batch import Sampling
     from plumbline.rl.cluster import Roles
     from plumbline.rl.records import training_batch
     from plumbline.rl.tasks import training_tasks
@@ -83,10 +83,8 @@ def measure(settings: dict[str, Any], keep: Keep) -> None:
         keep({"start_seconds": time.perf_counter() - began})
         for step in range(1 + settings["steps"]):
             first = step * settings["prompts"]
-            asked = [tasks[row % len(tasks)] for row in range(first, first + settings["prompts"])]
             prompts = [
-                Prompt(index, task.problem.id, task.token_ids, task.problem.problem, task.problem.answer, key=step)
-                for index, task in enumerate(asked)
+                tasks[(first + index) % len(tasks)].prompt(index, key=step) for index in range(settings["prompts"])
             ]
             clock = time.perf_counter()
             sampling = Sampling(settings["max_new_tokens"], seed=step)

@@ -25,11 +25,9 @@ from plumbline.models.attention import SparseAttention, open_gate_bias
 from plumbline.models.layerwise import (
     Student,
     divergence,
-    exact_mass,
     free_blocks,
     layerwise_step,
-    rank,
-    scaled_queries,
+    mass_and_importance,
 )
 from plumbline.models.policy import Policy
 
@@ -122,10 +120,8 @@ def alignment_loss(
         over sequences, kv heads and those positions that have two such blocks or more.
     """
     with torch.autocast(q.device.type, enabled=False):
-        query = scaled_queries(layout.pad(q.detach()), layer, positions)
-        keys, values, raw = (layout.pad(x.detach()).float() for x in (k_slc, v_slc, k_cmp))
-        mass = exact_mass(query @ keys[:, :, None].transpose(-1, -2), positions, layer.nsa.select_block, values)
-        _, importance = rank(query, raw, layer, positions)
+        q, k_cmp, k_slc, v_slc = (x.detach() for x in (q, k_cmp, k_slc, v_slc))
+        mass, importance = mass_and_importance(q, k_cmp, k_slc, layer, layout, positions, v_slc)
         return divergence(importance, mass, free_blocks(positions, mass.shape[-1], layer.nsa))
 
 

@@ -102,6 +102,24 @@ def rank(q: Tensor, k_cmp: Tensor, layer: SparseAttention, positions: Tensor) ->
     return p, p.sum(2) @ overlap_weights(len(ends), blocks, config.block, config.stride, config.select_block, p)
 
 
+def mass_and_importance(
+    q: Tensor, k_cmp: Tensor, k_slc: Tensor, layer: SparseAttention, layout: Layout, positions: Tensor,
+    v_slc: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """exact_mass over the selected branch's keys, and the importance of `rank`, both [B, Hkv, m, S].
+
+    Args:
+        q: [T, Hq, D]; k_cmp, k_slc: [T, Hkv, D], rotated; v_slc: [T, Hkv, Dv], see exact_mass.
+        layout: of sequences of one length.
+        positions: [m] int64, of the queries, the same in each sequence.
+    """
+    query = scaled_queries(layout.pad(q), layer, positions)
+    keys, raw = (layout.pad(k).float() for k in (k_slc, k_cmp))
+    values = None if v_slc is None else layout.pad(v_slc).float()
+    mass = exact_mass(query @ keys[:, :, None].transpose(-1, -2), positions, layer.nsa.select_block, values)
+    return mass, rank(query, raw, layer, positions)[1]
+
+
 def chosen_blocks(importance: Tensor, positions: Tensor, config: NSAConfig) -> Tensor:
     """Importance [B, Hkv, m, S] -> [B, Hkv, m, S] bool, no gradient."""
     with torch.no_grad():

@@ -18,7 +18,7 @@ from torch import Tensor
 from plumbline.kernels.nsa import Layout
 from plumbline.models.adapt import observed
 from plumbline.models.attention import SparseAttention
-from plumbline.models.layerwise import chosen_blocks, exact_mass, rank, scaled_queries
+from plumbline.models.layerwise import chosen_blocks, mass_and_importance
 from plumbline.models.policy import Policy
 
 CITIES = [
@@ -239,10 +239,7 @@ def block_choices(
 
     def look(layer: SparseAttention, q: Tensor, k_cmp: Tensor, k_slc: Tensor, _: Tensor, layout: Layout) -> None:
         with torch.autocast(q.device.type, enabled=False):
-            query = scaled_queries(layout.pad(q), layer, positions)
-            keys, raw = (layout.pad(k).float() for k in (k_slc, k_cmp))
-            mass = exact_mass(query @ keys[:, :, None].transpose(-1, -2), positions, layer.nsa.select_block)
-            _, importance = rank(query, raw, layer, positions)
+            mass, importance = mass_and_importance(q, k_cmp, k_slc, layer, layout, positions)
             chosen, best = (chosen_blocks(scores, positions, layer.nsa) for scores in (importance, mass))
         parts.append((mass[0] / (layer.heads // layer.kv_heads), chosen[0], best[0]))
 

@@ -123,19 +123,10 @@ class Collector:
             prompts = []
             for index, (draw, number) in enumerate(asked):
                 if number == completions:
-                    task, before = self.tasks[draw.sample_id], begun.get((draw.sample_id, draw.epoch))
-                    prompts.append(
-                        Prompt(
-                            index,
-                            draw.sample_id,
-                            task.token_ids,
-                            task.problem.problem,
-                            task.problem.answer,
-                            draw.epoch,
-                            key=step,
-                            first_rollout=len(before.completions) if before else 0,
-                        )
-                    )
+                    before = begun.get((draw.sample_id, draw.epoch))
+                    drawn = len(before.completions) if before else 0
+                    task = self.tasks[draw.sample_id]
+                    prompts.append(task.prompt(index, epoch=draw.epoch, key=step, first_rollout=drawn))
             for group in self.roles.graded_groups(prompts, completions, sampling):
                 found[group.prompt.index] = group
         return [found[index] for index in range(len(asked))]

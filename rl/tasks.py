@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from plumbline.errors import InputError
+from plumbline.rl.batch import Prompt
 from plumbline.rl.config import RunConfig
 from plumbline.rl.data import DataReport, Problem, load_problems
 from plumbline.rl.sections import DataSection, EvaluationSection
@@ -25,6 +26,11 @@ class Encoder(Protocol):
 class Task:
     problem: Problem
     token_ids: list[int]
+
+    def prompt(self, index: int, *, epoch: int = 0, key: int = 0, first_rollout: int = 0) -> Prompt:
+        """What a rollout worker is asked; see Prompt for the arguments."""
+        problem = self.problem
+        return Prompt(index, problem.id, self.token_ids, problem.problem, problem.answer, epoch, key, first_rollout)
 
 
 class TaskSet:

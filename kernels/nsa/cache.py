@@ -186,6 +186,7 @@ class DecodePlan:
         page: the cache's.
         longest: a bound on lengths + new, where the caller knows one. The device then is not asked, so that the step
             can be captured in a CUDA graph.
+        scratch_of: a plan of the same shape that runs before or after this one, never beside it: they share scratch.
         tables: page tables [B, n] of the stores `cmp`, `slc`, `win` and `blocks`, where each has its own (`slots` is
             then not followed). The kernels alone read them, for one new token a sequence.
 
@@ -207,6 +208,7 @@ class DecodePlan:
         page: int | None = None,
         longest: int | None = None,
         tables: dict[str, Tensor] | None = None,
+        scratch_of: DecodePlan | None = None,
     ) -> None:
         if new < 1:
             raise ValueError(f"new must be at least 1, got {new}")
@@ -230,7 +232,7 @@ class DecodePlan:
         self.tables = tables or dict.fromkeys((*BRANCHES, "blocks"), own)
         self.candidates = -(-self.longest // config.select_block)
         self.blocks = max(0, (self.longest - config.block) // config.stride + 1)
-        self._memo: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        self._memo: dict[tuple[object, ...], tuple[Tensor, ...]] = scratch_of._memo if scratch_of else {}
 
     def scratch(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Tensors of this step that the layers use in turn, made on first use."""

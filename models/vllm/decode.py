@@ -93,12 +93,13 @@ def divide(
         return parts
     after = lengths.tolist()
     later = [row for row in others if kernels and counts[row] < after[row]]
+    whole = [row for row in others if not kernels or counts[row] == after[row]]
+    plan = None
     for first, last, table_row in _chunk_rows(later, starts):
         position = torch.arange(first, last, device=lengths.device) + (after[table_row] - starts[table_row + 1])
         own = {kind: table[table_row].expand(last - first, -1) for kind, table in tables.items()}
-        plan = _decode_plan(own, position, config, longest, page)
+        plan = _decode_plan(own, position, config, longest, page, plan)  # one part runs after the other
         parts.append(Part(torch.arange(first, last, device=lengths.device), own, plan, chunk=True))
-    whole = [row for row in others if row not in set(later)]
     if whole:
         rows, own, _ = _members(whole, starts, tables, lengths)
         ends = accumulate((counts[row] for row in whole), initial=0)
@@ -124,9 +125,18 @@ def _chunk_rows(members: list[int], starts: list[int]) -> Iterator[tuple[int, in
             yield first, min(first + CHUNK_ROWS, starts[row + 1]), row
 
 
-def _decode_plan(tables: dict[str, Tensor], position: Tensor, config: NSAConfig, longest: int, page: int) -> DecodePlan:
+def _decode_plan(
+    tables: dict[str, Tensor],
+    position: Tensor,
+    config: NSAConfig,
+    longest: int,
+    page: int,
+    scratch_of: DecodePlan | None = None,
+) -> DecodePlan:
     """One new token a row."""
-    return DecodePlan(tables["slc"], position, config, longest, page=page, longest=longest, tables=tables)
+    return DecodePlan(
+        tables["slc"], position, config, longest, page=page, longest=longest, tables=tables, scratch_of=scratch_of
+    )
 
 
 def paged_decode(

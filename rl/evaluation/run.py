@@ -77,16 +77,7 @@ def evaluate(
     """
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    prompts = [
-        Prompt(
-            index,
-            sample_id,
-            tasks[sample_id].token_ids,
-            tasks[sample_id].problem.problem,
-            tasks[sample_id].problem.answer,
-        )
-        for index, sample_id in enumerate(tasks)
-    ]
+    prompts = [tasks[sample_id].prompt(index) for index, sample_id in enumerate(tasks)]
     whole, partial = output / f"{name}.jsonl", output / f"{name}.partial.jsonl"
     earlier_seconds = 0.0
     rows: list[Row] = []

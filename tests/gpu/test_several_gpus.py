@@ -6,14 +6,12 @@ import pytest
 import ray
 import torch
 
-from plumbline.models.config import PolicyConfig
-from plumbline.models.load import load_tokenizer
-from plumbline.models.policy import Policy
-from plumbline.rl import coldstart, learner_state
-from plumbline.rl.batch import Prompt, Sampling, TrainingBatch
+from plumbline.rl import learner_state
+from plumbline.rl.batch import Prompt, Sampling
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
 from plumbline.rl.learner import Learner
+from plumbline.testing import random_batch, save_random_policy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,31 +20,24 @@ pytestmark = [
 ]
 
 NSA = {"block": 8, "stride": 4, "select_block": 8, "count": 3, "window": 8}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory):
-    tokenizer = load_tokenizer("embedded")
-    folders = {}
-    for name, changes in {"full": {"attention": "full"}, "nsa": {"attention": "nsa", "nsa": NSA}}.items():
-        torch.manual_seed(1)
-        shape = PolicyConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            initializer_range=0.1,
-            **changes,
-        )
-        folder = tmp_path_factory.mktemp(name)
-        coldstart.save(Policy(shape), tokenizer, folder)
-        folders[name] = str(folder)
-    return folders
+    kinds = {"full": {"attention": "full"}, "nsa": {"attention": "nsa", "nsa": NSA}}
+    return {
+        name: save_random_policy(tmp_path_factory.mktemp(name), "embedded", **SHAPE, **changes)
+        for name, changes in kinds.items()
+    }
 
 
 def config(policy, *, workers=2, share=0.5, precision="float32"):
@@ -77,17 +68,7 @@ def roles(policies):
 
 
 def batch(seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low, high):
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(10, 290, (length,), generator=generator).tolist()
-
-    prompts = [prompt for _ in range(4) for prompt in [draw(2, 20)] * 3]
-    completions = [draw(1, 60) for _ in prompts]
-    logprobs = [[-5.7] * len(ids) for ids in completions]
-    rewards = torch.rand(len(prompts), generator=generator).tolist()
-    return TrainingBatch(prompts, completions, logprobs, rewards, 3)
+    return random_batch(seed, prompt=20, longest=60)
 
 
 def distance(first, second):

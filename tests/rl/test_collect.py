@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +10,10 @@ from plumbline.errors import InputError
 from plumbline.rl.batch import Completion, Group
 from plumbline.rl.collect import Collector, make_sampler
 from plumbline.rl.config import parse_config
+from plumbline.rl.data import Problem
 from plumbline.rl.records import history_rows
 from plumbline.rl.rollout.sampler import sequence_key
+from plumbline.rl.tasks import Task
 
 IDS = [f"p{i}" for i in range(12)]
 # Two never solved, two always, the others now and then.
@@ -36,8 +37,7 @@ class Tasks(dict):
     def __init__(self, column="level", value=lambda i: f"Level {i % 5}"):
         super().__init__()
         for i, name in enumerate(IDS):
-            problem = SimpleNamespace(problem=f"{name}?", answer="1", extras={column: value(i)})
-            self[name] = SimpleNamespace(problem=problem, token_ids=[i, 1])
+            self[name] = Task(Problem(name, f"{name}?", "1", {column: value(i)}), [i, 1])
 
 
 class Workers:

@@ -7,11 +7,8 @@ import ray
 import torch
 from rich.console import Console
 
-from plumbline.models.config import PolicyConfig
-from plumbline.models.load import load_policy, load_tokenizer
-from plumbline.models.policy import Policy
-from plumbline.rl import coldstart, learner_state
-from plumbline.rl.batch import TrainingBatch
+from plumbline.models.load import load_policy
+from plumbline.rl import learner_state
 from plumbline.rl.cluster import Roles
 from plumbline.rl.config import parse_config
 from plumbline.rl.learner import Learner
@@ -20,38 +17,31 @@ from plumbline.rl.tasks import training_tasks
 from plumbline.rl.telemetry import read_metrics
 from plumbline.rl.text import Codec
 from plumbline.selection.history import read_history
+from plumbline.testing import random_batch, save_random_policy
 
 # Short blocks, so that some sequences have several and others none.
 NSA = {"block": 8, "stride": 4, "select_block": 8, "count": 3, "window": 8, "phi": "mlp"}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+}
 
 
 @pytest.fixture(scope="module")
 def policies(policy_path, tmp_path_factory):
     """Folders of random policies: full attention with tied and with untied embeddings, and NSA."""
-    tokenizer = load_tokenizer(policy_path)
     folders = {}
     for name, changes in {
         "full": {"attention": "full"},
         "untied": {"attention": "full", "tie_word_embeddings": False, "qkv_bias": True, "qk_norm": True},
         "nsa": {"attention": "nsa", "nsa": NSA},
     }.items():
-        torch.manual_seed(1)
-        shape = PolicyConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            initializer_range=0.2,
-            **changes,
-        )
-        folder = tmp_path_factory.mktemp(name)
-        coldstart.save(Policy(shape), tokenizer, folder)
-        folders[name] = str(folder)
+        folders[name] = save_random_policy(tmp_path_factory.mktemp(name), policy_path, **SHAPE, **changes)
     return folders
 
 
@@ -98,23 +88,6 @@ def config(policy, *, workers, output=None, algorithm=None, learner=None, **chan
 def roles(policies):
     with Roles.start(config(policies["full"], workers=2)) as roles:
         yield roles
-
-
-def batch(seed, *, groups=4, size=3, longest=14, extra=()):
-    """Random prompts and completions of 1 to `longest` tokens; `extra` lengths replace those of the first rows."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low, high):
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(10, 290, (length,), generator=generator).tolist()
-
-    prompts = [prompt for _ in range(groups) for prompt in [draw(2, 6)] * size]
-    completions = [draw(1, longest) for _ in prompts]
-    for row, length in enumerate(extra):
-        completions[row] = draw(length, length + 1)
-    logprobs = [[-5.7] * len(ids) for ids in completions]
-    rewards = torch.rand(len(prompts), generator=generator).tolist()
-    return TrainingBatch(prompts, completions, logprobs, rewards, size)
 
 
 def in_one(cfg, batches):
@@ -186,7 +159,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_two_learners_equal_one(case, policies, roles):
     policy, algorithm, learner = CASES[case]
-    batches = [batch(seed) for seed in range(3)]
+    batches = [random_batch(seed) for seed in range(3)]
     one = in_one(config(policies[policy], workers=1, algorithm=algorithm, learner=learner), batches)
     two = in_two(roles, config(policies[policy], workers=2, algorithm=algorithm, learner=learner), batches)
     assert_equal(one, two)
@@ -194,7 +167,7 @@ def test_two_learners_equal_one(case, policies, roles):
 
 @pytest.mark.parametrize("policy", ["full", "nsa"])
 def test_bfloat16_differs_by_its_rounding_alone(policy, policies, roles):
-    batches = [batch(seed) for seed in range(2)]
+    batches = [random_batch(seed) for seed in range(2)]
     half = {"precision": "bfloat16"}
     one = in_one(config(policies[policy], workers=1, learner=half), batches)
     two = in_two(roles, config(policies[policy], workers=2, learner=half), batches)
@@ -209,7 +182,7 @@ def test_bfloat16_differs_by_its_rounding_alone(policy, policies, roles):
 def test_lengths_too_unlike_to_be_padded_together(policy, policies, roles):
     """One process runs such a microbatch in two passes; sharded layers must run as often on every rank."""
     lengths = [1100, 1, 2, 3]
-    batches = [batch(0, extra=lengths)]
+    batches = [random_batch(0, extra=lengths)]
     one = in_one(config(policies[policy], workers=1, learner={"tokens_per_microbatch": 1300}), batches)
     two = in_two(roles, config(policies[policy], workers=2, learner={"tokens_per_microbatch": 1300}), batches)
     assert_equal(one, two)
@@ -217,7 +190,7 @@ def test_lengths_too_unlike_to_be_padded_together(policy, policies, roles):
 
 def test_no_sequence_of_a_block(policies, roles):
     """phi then takes part in nothing, on any rank; AdamW's step of it is the same however many there are."""
-    batches = [batch(0), batch(1, longest=3), batch(2)]
+    batches = [random_batch(0), random_batch(1, longest=3), random_batch(2)]
     one = in_one(config(policies["nsa"], workers=1), batches)
     two = in_two(roles, config(policies["nsa"], workers=2), batches)
     assert_equal(one, two)
@@ -274,7 +247,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(case, policies, rol
         "offloaded": ("nsa", {}, {"optimizer": "adamw_offload", "warmup_steps": 3}),
     }[case]
     one, two = (config(policies[policy], workers=n, algorithm=algorithm, learner=learner) for n in (1, 2))
-    first, last = [batch(0), batch(1)], [batch(2), batch(3)]
+    first, last = [random_batch(0), random_batch(1)], [random_batch(2), random_batch(3)]
     straight = trained(alone, one, first + last, tmp_path / "straight")
     trained(roles, two, first, tmp_path / "two")
     trained(alone, one, first, tmp_path / "one")

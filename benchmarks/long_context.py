@@ -58,6 +58,8 @@ def arguments() -> argparse.Namespace:
     recipe = Recipe()
     for name in ("context", "tokens_per_step", "tokens_per_microbatch", *STEPS):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(recipe, name))
+    parser.add_argument("--repeat-share", type=float, default=recipe.repeat_share)
+    parser.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path, help="JSON lines")
     return parser.parse_args()
@@ -125,7 +127,8 @@ def measure(name: str, policy: Policy, tokenizer: Any, text: torch.Tensor, args:
             seen = needle_recall(policy, questions[:RECALL_NEEDLES], autocast=autocast)
             mass, held, best = (part.sum().item() for part in (seen.mass, seen.held, seen.best))
             figures = {"held": held / mass, "best": best / mass, "chosen": seen.chosen.mean().item()}
-            records.append({"policy": name, "what": "needle_blocks", "length": length, **figures})
+            layers = {part: getattr(seen, part).mean(0).tolist() for part in ("mass", "held", "best")}
+            records.append({"policy": name, "what": "needle_blocks", "length": length, **figures, "layers": layers})
             say(
                 f"{name:10} needle at {length:>5}: its blocks chosen {figures['chosen']:.1%}, of the attention on them "
                 f"{figures['held']:.1%} held, by the best choice {figures['best']:.1%}"
@@ -160,13 +163,14 @@ def main() -> None:
             args.out.write_text("".join(json.dumps({**common, **record}) + "\n" for record in records))
 
     keep(measure(name, policy, tokenizer, text, args))
+    teacher = policy.requires_grad_(False) if name == "dense" else None
     if args.converted or args.adapt:
-        del policy
         policy = load_policy(args.policy, attention="nsa", **where)
         if args.converted:
             keep(measure("converted", policy, tokenizer, text, args))
     if rows is not None:
-        names = ("context", "tokens_per_step", "tokens_per_microbatch", *STEPS, "minutes")
+        names = ("context", "tokens_per_step", "tokens_per_microbatch", *STEPS)
+        names += ("repeat_share", "learning_rate", "minutes")
         recipe = Recipe(**{name: getattr(args, name) for name in names})
         warm_up(policy, rows, recipe)
         say(f"adapting on {len(rows)} windows of {args.context} tokens")
@@ -178,7 +182,7 @@ def main() -> None:
                 if figures["step"] % 10 == 1:
                     say(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
-            adapt(policy, rows, part, report)
+            adapt(policy, rows, part, report, teacher=teacher)
             keep(steps)
             say(f"{name}: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
             if steps:  # a policy whose gates are trained has no layer stage

@@ -1,9 +1,9 @@
 """Adaptation: a converted policy learns to use sparse attention on long text.
 
 Stage 1 teaches each layer by itself to do what exact attention does (`layerwise`). Stage 2 trains gates and phi with
-everything else frozen, stage 3 trains all; both minimise the next-token loss plus an alignment loss. No gradient flows
-through the choice of blocks (arXiv 2502.11089), so the next-token loss alone teaches phi to summarise but not to rank;
-the alignment loss keeps the ranking with the queries as they drift.
+everything else frozen, stage 3 trains all; both minimise the divergence from the dense policy's next-token distributions
+(`distil`) plus an alignment loss. No gradient flows through the choice of blocks (arXiv 2502.11089), so the former alone
+teaches phi to summarise but not to rank; the alignment loss keeps the ranking with the queries as they drift.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbline.kernels.nsa import Layout
 from plumbline.models.attention import SparseAttention, open_gate_bias
+from plumbline.models.distil import LOGIT_ROWS, dense_policy, divergence_from, plant_repeats
 from plumbline.models.layerwise import (
     Student,
     divergence,
@@ -31,7 +32,6 @@ from plumbline.models.layerwise import (
 )
 from plumbline.models.policy import Policy
 
-LOGIT_ROWS = 4096
 # That stage 1 takes in one pass. Its backward ends with each layer, so that it holds little, and what it costs is launches.
 MICROBATCHES_A_LAYER = 4
 
@@ -47,6 +47,8 @@ class Recipe:
         layer_steps, gate_steps, all_steps: optimizer steps of the three stages. The first is for fresh conversions: a
             policy whose gates have been trained is no longer the dense one with tokens left out, and skips it.
         layer_queries: positions a window at which stage 1 compares a layer with the dense one.
+        repeat_share, repeat_length: of a window, and of a passage in it, that repeats an earlier one (`plant_repeats`).
+            Half of the compared positions are in such passages.
         gate_share: gates start at (s, 1 - 2 s, s): their sum stays 1.
         new_learning_rate: of gates and phi in stage 2; a third of it in stage 3.
         learning_rate: of everything else in stage 3. Stage 1 has rates of its own (`layerwise`).
@@ -65,6 +67,8 @@ class Recipe:
     gate_steps: int = 20
     all_steps: int = 100
     layer_queries: int = 128
+    repeat_share: float = 0.25
+    repeat_length: int = 32
     gate_share: float = 0.01
     new_learning_rate: float = 1e-3
     learning_rate: float = 5e-5
@@ -81,6 +85,8 @@ class Recipe:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of context ({self.context})")
         if not 0 < self.gate_share < 0.5:
             raise ValueError(f"gate_share must be between 0 and 0.5, got {self.gate_share}")
+        if not 0 <= self.repeat_share < 1:
+            raise ValueError(f"repeat_share must be at least 0 and below 1, got {self.repeat_share}")
 
 
 def sparse_layers(policy: Policy) -> list[SparseAttention]:
@@ -140,6 +146,14 @@ def observed(
             layer.observer = None
 
 
+def check_teacher(teacher: Policy, policy: Policy) -> None:
+    """ValueError unless the policy can learn from this one: full attention, the same tokens."""
+    if teacher.config.attention != "full":
+        raise ValueError(f"a teacher has full attention, this one has {teacher.config.attention}")
+    if teacher.config.vocab_size != policy.config.vocab_size:
+        raise ValueError(f"the teacher has {teacher.config.vocab_size} tokens, the policy {policy.config.vocab_size}")
+
+
 def _next_token_loss(policy: Policy, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens; logits are made again in the backward pass, a few rows at a time."""
 
@@ -168,7 +182,12 @@ def batches(windows: Tensor, per_step: int, seed: int) -> Iterator[Tensor]:
 
 
 def adapt(
-    policy: Policy, windows: Tensor, recipe: Recipe, report: Callable[[dict[str, float]], None] = lambda _: None
+    policy: Policy,
+    windows: Tensor,
+    recipe: Recipe,
+    report: Callable[[dict[str, float]], None] = lambda _: None,
+    *,
+    teacher: Policy | None = None,
 ) -> None:
     """Train a sparse policy in place.
 
@@ -177,15 +196,23 @@ def adapt(
         windows: [N, context] int64 token ids.
         recipe: settings.
         report: called after each optimizer step with its figures.
+        teacher: the dense policy of stages 2 and 3, with the same tokens. None: a fresh conversion learns from the dense
+            policy it was made of, one whose gates have been trained from the text, without repeats.
 
     Raises:
-        ValueError: a dense policy, windows of another length, or a loss that is not finite.
+        ValueError: a dense policy, a sparse teacher or one with other tokens, windows of another length, or a loss that is
+            not finite.
     """
     if policy.config.attention != "nsa":
         raise ValueError("adaptation needs a policy with nsa attention; convert it first")
     if windows.shape[1] != recipe.context:
         raise ValueError(f"windows have {windows.shape[1]} tokens, the recipe says {recipe.context}")
+    if teacher is not None:
+        check_teacher(teacher, policy)
     fresh = open_gates(policy, recipe.gate_share)
+    if teacher is None and fresh and recipe.gate_steps + recipe.all_steps:
+        teacher = dense_policy(policy)
+    generator = torch.Generator().manual_seed(recipe.seed)
     stream = batches(windows, recipe.tokens_per_step // recipe.context, recipe.seed)
     start = time.monotonic()
     policy.train()
@@ -195,7 +222,9 @@ def adapt(
         if not steps:
             continue
         policy.requires_grad_(False)
-        groups, run = stage(policy, recipe)
+        groups, run = stage(policy, recipe, teacher)
+        # The text itself, where it is what is learnt from.
+        share = recipe.repeat_share if number == 1 or teacher is not None else 0.0
         for group in groups:
             group["peak"] = group["lr"]
             for parameter in group["params"]:
@@ -214,7 +243,7 @@ def adapt(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad(set_to_none=True)
-            figures = run(next(stream))
+            figures = run(*plant_repeats(next(stream), share, recipe.repeat_length, generator))
             optimizer.step()
             report({"stage": number, "step": step + 1, "rate": rate, **figures, "seconds": time.monotonic() - start})
     policy.requires_grad_(True)
@@ -222,29 +251,30 @@ def adapt(
 
 
 Groups = list[dict[str, Any]]
-Run = Callable[[Tensor], dict[str, float]]
+Run = Callable[[Tensor, Tensor], dict[str, float]]  # of windows, and the positions in them that repeat
 
 
-def _layer_stage(policy: Policy, recipe: Recipe) -> tuple[Groups, Run]:
+def _layer_stage(policy: Policy, recipe: Recipe, _: Policy | None) -> tuple[Groups, Run]:
     students = [Student(layer) for layer in sparse_layers(policy)]
     # Layers share their rates: one group a rate, so that an optimizer step takes few launches.
     groups = [
         {"params": [p for group in same for p in group["params"]], "lr": same[0]["lr"]}
         for same in zip(*(student.groups() for student in students), strict=True)
     ]
-    return groups, lambda rows: _layer_step(policy, students, rows, recipe)
+    return groups, lambda rows, repeated: _layer_step(policy, students, rows, repeated, recipe)
 
 
-def _gate_stage(policy: Policy, recipe: Recipe) -> tuple[Groups, Run]:
+def _gate_stage(policy: Policy, recipe: Recipe, teacher: Policy | None) -> tuple[Groups, Run]:
     new = [p for name, p in policy.named_parameters() if is_new(name)]
-    return [{"params": new, "lr": recipe.new_learning_rate}], lambda rows: _step(policy, rows, recipe)
+    groups = [{"params": new, "lr": recipe.new_learning_rate}]
+    return groups, lambda rows, repeated: _step(policy, teacher, rows, repeated, recipe)
 
 
-def _whole_stage(policy: Policy, recipe: Recipe) -> tuple[Groups, Run]:
+def _whole_stage(policy: Policy, recipe: Recipe, teacher: Policy | None) -> tuple[Groups, Run]:
     new = [p for name, p in policy.named_parameters() if is_new(name)]
     rest = [p for name, p in policy.named_parameters() if not is_new(name)]
     groups = [{"params": new, "lr": recipe.new_learning_rate / 3}, {"params": rest, "lr": recipe.learning_rate}]
-    return groups, lambda rows: _step(policy, rows, recipe)
+    return groups, lambda rows, repeated: _step(policy, teacher, rows, repeated, recipe)
 
 
 def is_new(name: str) -> bool:
@@ -252,27 +282,30 @@ def is_new(name: str) -> bool:
     return ".phi_" in name or (".gate_proj." in name and ".self_attn." in name)
 
 
-def _positions(recipe: Recipe, count: int, device: torch.device) -> Tensor:
-    """New ones for each pass; the same in each window of it."""
-    return torch.randint(0, recipe.context, (count,)).sort().values.to(device)
+def _positions(recipe: Recipe, count: int, repeated: Tensor, device: torch.device) -> Tensor:
+    """Positions to compare at, half of them among the repeated ones. New for each pass; the same in each window of it."""
+    there = repeated[torch.randint(len(repeated), (count // 2,))] if len(repeated) else repeated
+    anywhere = torch.randint(recipe.context, (count - len(there),))
+    return torch.cat([there, anywhere]).sort().values.to(device)
 
 
-def _layer_step(policy: Policy, students: list[Student], rows: Tensor, recipe: Recipe) -> dict[str, float]:
+def _layer_step(
+    policy: Policy, students: list[Student], rows: Tensor, repeated: Tensor, recipe: Recipe
+) -> dict[str, float]:
     device = policy.device
     total = torch.zeros(2, device=device)
     for micro in rows.split(MICROBATCHES_A_LAYER * recipe.tokens_per_microbatch // recipe.context):
         ids, share = micro.to(device), len(micro) / len(rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            total += share * layerwise_step(
-                policy, students, ids, _positions(recipe, recipe.layer_queries, device), share
-            )
+            positions = _positions(recipe, recipe.layer_queries, repeated, device)
+            total += share * layerwise_step(policy, students, ids, positions, share)
     aligned, error = total.tolist()
     if not math.isfinite(aligned + error):
         raise ValueError(f"a layer's loss is not finite (alignment {aligned:.4g}, output error {error:.4g})")
     return {"alignment": aligned, "output_error": error, "tokens": rows.numel()}
 
 
-def _step(policy: Policy, rows: Tensor, recipe: Recipe) -> dict[str, float]:
+def _step(policy: Policy, teacher: Policy | None, rows: Tensor, repeated: Tensor, recipe: Recipe) -> dict[str, float]:
     device = policy.device
     per_pass = recipe.tokens_per_microbatch // recipe.context
     tokens = rows.shape[0] * (rows.shape[1] - 1)
@@ -281,7 +314,7 @@ def _step(policy: Policy, rows: Tensor, recipe: Recipe) -> dict[str, float]:
     for micro in rows.split(per_pass):
         ids = micro.to(device)
         ends = torch.arange(len(ids) + 1, dtype=torch.int32, device=device) * recipe.context
-        positions = _positions(recipe, recipe.alignment_queries, device)
+        positions = _positions(recipe, recipe.alignment_queries, repeated, device)
         parts: list[Tensor] = []
 
         def watch(
@@ -303,14 +336,20 @@ def _step(policy: Policy, rows: Tensor, recipe: Recipe) -> dict[str, float]:
             else:
                 hidden = policy.hidden_states(ids.flatten(), ends)
             keep = hidden.view(*ids.shape, -1)[:, :-1].flatten(0, 1)
-            loss = _next_token_loss(policy, keep, ids[:, 1:].flatten()) / tokens
+            if teacher is None:
+                loss = _next_token_loss(policy, keep, ids[:, 1:].flatten()) / tokens
+            else:
+                with torch.no_grad():
+                    wanted = teacher.hidden_states(ids.flatten(), ends).view(*ids.shape, -1)[:, :-1].flatten(0, 1)
+                loss = divergence_from(teacher, policy, wanted, keep) / tokens
         aligned = torch.stack(parts).sum() / layers * (len(ids) / len(rows)) if parts else loss.new_zeros(())
         (loss + recipe.alignment * aligned).backward()
         total += torch.stack([loss.detach(), aligned.detach()])
     norm = nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], recipe.max_norm)
     if not bool(torch.isfinite(norm)):
         raise ValueError(f"the gradient is not finite (loss {total[0].item():.4g}); lower the learning rates")
-    return {"loss": total[0].item(), "alignment": total[1].item(), "gradient_norm": norm.item(), "tokens": tokens}
+    name = "loss" if teacher is None else "divergence"
+    return {name: total[0].item(), "alignment": total[1].item(), "gradient_norm": norm.item(), "tokens": tokens}
 
 
 @torch.no_grad()

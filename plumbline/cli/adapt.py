@@ -20,12 +20,24 @@ def adapt(
         list[Path],
         typer.Option(help="UTF-8 text file or folder of .txt files; give it again for more.", show_default=False),
     ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Dense checkpoint that the last two stages learn from. A fresh conversion learns from the one it was made "
+            "of, one that was adapted before from the text.",
+            show_default=False,
+        ),
+    ] = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of a training window.")] = 8192,
     layer_steps: Annotated[
         int, typer.Option(min=0, help="Steps that teach each layer of a fresh conversion what exact attention does.")
     ] = 200,
     gate_steps: Annotated[int, typer.Option(min=0, help="Steps that then train gates and phi alone.")] = 20,
     all_steps: Annotated[int, typer.Option(min=0, help="Steps that then train everything.")] = 100,
+    repeat_share: Annotated[
+        float,
+        typer.Option(min=0, max=0.9, help="Of a window, overwritten with passages that repeat earlier ones of it."),
+    ] = 0.25,
     tokens_per_step: Annotated[int, typer.Option(min=64, help="Tokens of an optimizer step.")] = 65_536,
     tokens_per_microbatch: Annotated[
         int, typer.Option(min=64, help="Tokens of one forward and backward pass.")
@@ -46,7 +58,7 @@ def adapt(
     from rich.progress import Progress
 
     from plumbline.errors import InputError
-    from plumbline.models.adapt import Recipe
+    from plumbline.models.adapt import Recipe, check_teacher
     from plumbline.models.adapt import adapt as train
     from plumbline.models.convert import empty_target, save_folder
     from plumbline.models.load import load_policy, load_tokenizer, policy_config, stored_dtype
@@ -67,6 +79,7 @@ def adapt(
             layer_steps=layer_steps,
             gate_steps=gate_steps,
             all_steps=all_steps,
+            repeat_share=repeat_share,
             new_learning_rate=new_learning_rate,
             learning_rate=learning_rate,
             alignment=alignment,
@@ -89,6 +102,11 @@ def adapt(
             raise InputError(f"--text {', '.join(map(str, text))}: no .txt file there")
         rows = windows(read_tokens(files, load_tokenizer(checkpoint)), context)
         policy = load_policy(checkpoint, attention=attention, dtype=torch.float32, device=device)
+        dense = (
+            None if teacher is None else load_policy(teacher, dtype=torch.float32, device=device).requires_grad_(False)
+        )
+        if dense is not None:
+            check_teacher(dense, policy)
         stored = stored_dtype(checkpoint)
     except (FileNotFoundError, PermissionError, ValueError) as error:
         raise InputError(str(error)) from error
@@ -99,11 +117,11 @@ def adapt(
 
         def report(figures: dict[str, float]) -> None:
             records.append(figures)
-            main = "output_error" if "output_error" in figures else "loss"
+            main = next(name for name in ("output_error", "divergence", "loss") if name in figures)
             shown = f"{main.replace('_', ' ')} {figures[main]:.3f}, alignment {figures['alignment']:.3f}"
             progress.update(bar, advance=1, description=f"stage {figures['stage']}, {shown}")
 
-        train(policy, rows, recipe, report)
+        train(policy, rows, recipe, report, teacher=dense)
     save_folder(policy.to(stored), checkpoint, target)  # type: ignore[arg-type]
     (target / "adaptation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(

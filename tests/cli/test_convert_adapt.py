@@ -84,7 +84,7 @@ def test_adapt(run, dense, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "adapted" / "adaptation.jsonl").read_text().splitlines()]
     assert [(record["stage"], record["step"]) for record in records] == [(1, 1), (1, 2), (2, 1), (3, 1), (3, 2)]
     assert records[1]["output_error"] < 1
-    assert records[2]["loss"] > 0
+    assert records[2]["divergence"] > 0
     policy = load_policy(tmp_path / "adapted")
     assert policy.dtype == torch.bfloat16
     assert policy.config.attention == "nsa"
@@ -95,6 +95,15 @@ def test_adapt(run, dense, tmp_path):
     # Its gates have been trained, so it is no longer the dense policy with tokens left out.
     records = [json.loads(line) for line in (tmp_path / "again" / "adaptation.jsonl").read_text().splitlines()]
     assert [record["stage"] for record in records] == [2, 3, 3]
+    assert all("loss" in record for record in records)
+    arguments[5], arguments[7] = 1, 0
+    code, out, error = run("adapt", "adapted", "taught", "--text", "texts/a.txt", "--teacher", dense, *arguments)
+    assert code == 0, error
+    (record,) = map(json.loads, (tmp_path / "taught" / "adaptation.jsonl").read_text().splitlines())
+    assert record["divergence"] > 0
+    code, out, error = run("adapt", dense, "bad", "--text", "texts/a.txt", "--teacher", "adapted", *arguments)
+    assert code == 2
+    assert "a teacher has full attention, this one has nsa" in error
 
 
 @pytest.mark.parametrize(

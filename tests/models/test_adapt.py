@@ -9,9 +9,19 @@ import pytest
 import torch
 
 from plumbline.kernels.nsa import Layout
-from plumbline.models.adapt import Recipe, adapt, alignment_loss, batches, mean_gates, open_gates, sparse_layers
+from plumbline.models.adapt import (
+    Recipe,
+    _positions,
+    adapt,
+    alignment_loss,
+    batches,
+    mean_gates,
+    open_gates,
+    sparse_layers,
+)
 from plumbline.models.attention import open_gate_bias
 from plumbline.models.config import PolicyConfig
+from plumbline.models.distil import dense_policy
 from plumbline.models.longcontext import Estimate, find_needles, needles, token_losses, windows
 from plumbline.models.policy import Policy
 
@@ -129,8 +139,9 @@ def test_gate_stage_trains_gates_and_phi_alone_and_lowers_alignment():
     assert all(layer.observer is None for layer in sparse_layers(policy))
 
 
-def test_last_stage_trains_everything_and_lowers_the_loss():
+def test_without_a_teacher_the_last_stage_trains_everything_on_the_text():
     policy = make()
+    open_gates(policy, 0.01)  # no fresh conversion, so what it was made of is gone
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     figures: list[dict[str, float]] = []
     adapt(policy, copies(8, 96), replace(RECIPE, gate_steps=2, all_steps=30), figures.append)
@@ -141,6 +152,44 @@ def test_last_stage_trains_everything_and_lowers_the_loss():
     gates = mean_gates(policy, copies(2, 96))
     assert gates.shape == (2, 3)
     assert 0 < gates.min() < gates.max() < 1
+
+
+def test_a_conversion_learns_the_dense_distributions_and_not_the_text():
+    policy, rows = make(), copies(8, 96)
+    teacher, before = dense_policy(policy), divergence(dense_policy(policy), policy, rows)
+    recipe = replace(RECIPE, gate_steps=2, all_steps=40)
+    figures: list[dict[str, float]] = []
+    adapt(policy, rows, recipe, figures.append)
+    assert [f["stage"] for f in figures] == [2] * 2 + [3] * 40
+    first, last = (sum(f["divergence"] for f in part) / 5 for part in (figures[:5], figures[-5:]))
+    assert last < 0.85 * first
+    # By itself, without repeats.
+    assert divergence(teacher, policy, rows) < 0.9 * before
+    # The same with the teacher given; and from far away, towards it.
+    again, records = make(), []
+    adapt(again, rows, recipe, records.append, teacher=teacher)
+    assert [r["divergence"] for r in records] == [f["divergence"] for f in figures]
+    unlike = make(initializer_range=0.05)
+    before = divergence(teacher, unlike, rows)
+    adapt(unlike, rows, recipe, teacher=teacher)
+    assert divergence(teacher, unlike, rows) < 0.7 * before
+
+
+def divergence(teacher: Policy, policy: Policy, rows: torch.Tensor) -> float:
+    ends = torch.arange(len(rows) + 1, dtype=torch.int32) * rows.shape[1]
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(rows.flatten(), ends), -1) for m in (teacher, policy))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def test_compared_positions_are_half_in_repeats():
+    repeated = torch.arange(700, 760)
+    long = replace(RECIPE, context=8192, tokens_per_step=8192, tokens_per_microbatch=8192)
+    positions = _positions(long, 200, repeated, torch.device("cpu"))
+    inside = ((positions >= 700) & (positions < 760)).sum()
+    assert 100 <= inside <= 110
+    assert positions.tolist() == sorted(positions.tolist())
+    assert len(_positions(RECIPE, 31, repeated[:0], torch.device("cpu"))) == 31
 
 
 def test_the_clock_ends_all_stages():
@@ -159,6 +208,12 @@ def test_bad_recipes_are_refused_by_name():
         Recipe(gate_share=0.5)
     with pytest.raises(ValueError, match="nsa attention"):
         adapt(make("full"), copies(8, 96), RECIPE)
+    with pytest.raises(ValueError, match="repeat_share"):
+        Recipe(repeat_share=1)
+    with pytest.raises(ValueError, match="a teacher has full attention, this one has nsa"):
+        adapt(make(), copies(8, 96), RECIPE, teacher=make())
+    with pytest.raises(ValueError, match="the teacher has 41 tokens, the policy 40"):
+        adapt(make(), copies(8, 96), RECIPE, teacher=make("full", vocab_size=41))
     with pytest.raises(ValueError, match="windows have 80 tokens"):
         adapt(make(), copies(8, 80), RECIPE)
 

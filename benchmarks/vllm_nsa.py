@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=["native", "vllm"], choices=ENGINES)
     parser.add_argument("--contexts", nargs="*", type=int, default=[8192, 32768], help="none: agreement alone")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=96, help="timed tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=256, help="timed tokens of a sequence")
     parser.add_argument("--prompts", type=int, default=8, help="of the agreement; 0 leaves it out")
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--new", type=int, default=128, help="tokens compared of a prompt")

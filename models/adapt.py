@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbline.kernels.nsa import Layout
-from plumbline.models.attention import SparseAttention, open_gate_bias
+from plumbline.models.attention import Seen, SparseAttention, open_gate_bias
 from plumbline.models.distil import LOGIT_ROWS, dense_policy, divergence_from, plant_repeats
 from plumbline.models.layerwise import (
     Student,
@@ -111,31 +110,29 @@ def open_gates(policy: Policy, share: float) -> bool:
     return True
 
 
-def alignment_loss(
-    q: Tensor, k_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, layer: SparseAttention, layout: Layout, positions: Tensor
-) -> Tensor:
+def alignment_loss(layer: SparseAttention, seen: Seen, positions: Tensor) -> Tensor:
     """How far the compressed scores of selection blocks are from exact attention's, weighted as in `layerwise`.
 
+    Only phi and the compressed branch's keys get a gradient, nothing that other branches or layers read.
+
     Args:
-        q: [T, Hq, D]; k_cmp, k_slc: [T, Hkv, D], rotated; v_slc: [T, Hkv, Dv]. Only phi gets a gradient.
-        layout: of sequences of one length.
+        seen: of sequences of one length.
         positions: [m] int64, the queries compared, the same in each sequence.
 
     Returns:
         KL divergence (nats) of the two distributions over the blocks that are not always chosen, a scalar: the mean
         over sequences, kv heads and those positions that have two such blocks or more.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        q, k_cmp, k_slc, v_slc = (x.detach() for x in (q, k_cmp, k_slc, v_slc))
-        mass, importance = mass_and_importance(q, k_cmp, k_slc, layer, layout, positions, v_slc)
+    k_cmp = layer.compressed_keys(*(part.detach() for part in (seen.x, seen.cos, seen.sin)))
+    with torch.autocast(seen.x.device.type, enabled=False):
+        q, k_slc, v_slc = (part.detach() for part in (seen.q, seen.k_slc, seen.v_slc))
+        mass, importance = mass_and_importance(q, k_cmp, k_slc, layer, seen.layout, positions, v_slc)
         return divergence(importance, mass, free_blocks(positions, mass.shape[-1], layer.nsa))
 
 
 @contextmanager
-def observed(
-    policy: Policy, watch: Callable[[SparseAttention, Tensor, Tensor, Tensor, Tensor, Layout], None]
-) -> Iterator[None]:
-    """Calls watch(layer, q, k_cmp, k_slc, v_slc, layout) in every sparse layer's forward pass."""
+def observed(policy: Policy, watch: Callable[[SparseAttention, Seen], None]) -> Iterator[None]:
+    """Calls watch in every sparse layer's forward pass."""
     layers = sparse_layers(policy)
     for layer in layers:
         layer.observer = watch
@@ -318,16 +315,9 @@ def _step(policy: Policy, teacher: Policy | None, rows: Tensor, repeated: Tensor
         parts: list[Tensor] = []
 
         def watch(
-            layer: SparseAttention,
-            q: Tensor,
-            k_cmp: Tensor,
-            k_slc: Tensor,
-            v_slc: Tensor,
-            layout: Layout,
-            positions: Tensor = positions,
-            parts: list[Tensor] = parts,
+            layer: SparseAttention, seen: Seen, positions: Tensor = positions, parts: list[Tensor] = parts
         ) -> None:
-            parts.append(alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, positions))
+            parts.append(alignment_loss(layer, seen, positions))
 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             if recipe.alignment:

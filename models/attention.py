@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,22 @@ class FullAttention(Attention):
         return self.o_proj(out[:, :, 0].flatten(1))
 
 
+class Seen(NamedTuple):
+    """What a sparse layer's observer sees of a forward pass.
+
+    x [T, hidden], its input; cos and sin [T, 1, D]; q [T, Hq, D], k_cmp and k_slc [T, Hkv, D], rotated; v_slc [T, Hkv, D].
+    """
+
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    q: Tensor
+    k_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    layout: Layout
+
+
 class SparseAttention(Attention):
     """Native Sparse Attention: three branches of keys and values, mixed by gates that read the layer's input."""
 
@@ -105,8 +121,8 @@ class SparseAttention(Attention):
         self.phi_k_position = nn.Parameter(torch.zeros(heads, block, dim))
         self.phi_v_weight = nn.Parameter(torch.empty(shape))
         self.phi_v_position = nn.Parameter(torch.zeros(heads, block, dim))
-        # Adaptation looks at queries and keys here: called with (layer, q, k_cmp, k_slc, v_slc, layout).
-        self.observer: Callable[[SparseAttention, Tensor, Tensor, Tensor, Tensor, Layout], None] | None = None
+        # Adaptation looks at what a layer ranks by here.
+        self.observer: Callable[[SparseAttention, Seen], None] | None = None
         self.reset_phi()
 
     @torch.no_grad()
@@ -127,6 +143,13 @@ class SparseAttention(Attention):
         parts = (self.phi_k_weight, self.phi_k_position, self.phi_v_weight, self.phi_v_position)
         return PhiParams(*(part.to(dtype) for part in parts))
 
+    def compressed_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated keys of the compressed branch alone, before phi: [T, Hkv, D], as `project` gives them."""
+        rows = self.kv_heads * self.dim
+        bias = None if self.k_proj.bias is None else self.k_proj.bias[:rows]
+        k = F.linear(x, self.k_proj.weight[:rows], bias).unflatten(-1, (self.kv_heads, self.dim))
+        return rotate(self.k_norm(k), cos, sin)
+
     def gates(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, 3))
 
@@ -145,7 +168,7 @@ class SparseAttention(Attention):
         q, (cmp, slc, win) = self.project(x, cos, sin)
         gates = self.gates(x)
         if self.observer is not None:
-            self.observer(self, q, cmp[0], *slc, layout)
+            self.observer(self, Seen(x, cos, sin, q, cmp[0], *slc, layout))
         # The kernels fix their own precision: autocast would round the scores that choose blocks.
         with torch.autocast(x.device.type, enabled=False):
             phi = self.phi(q.dtype)

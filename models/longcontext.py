@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from scipy.stats import t as student
 from torch import Tensor
 
-from plumbline.kernels.nsa import Layout
 from plumbline.models.adapt import observed
-from plumbline.models.attention import SparseAttention
+from plumbline.models.attention import Seen, SparseAttention
 from plumbline.models.layerwise import chosen_blocks, mass_and_importance
 from plumbline.models.policy import Policy
 
@@ -237,9 +236,9 @@ def block_choices(
     ids, positions = ids.to(policy.device), positions.to(policy.device)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def look(layer: SparseAttention, q: Tensor, k_cmp: Tensor, k_slc: Tensor, _: Tensor, layout: Layout) -> None:
-        with torch.autocast(q.device.type, enabled=False):
-            mass, importance = mass_and_importance(q, k_cmp, k_slc, layer, layout, positions)
+    def look(layer: SparseAttention, seen: Seen) -> None:
+        with torch.autocast(ids.device.type, enabled=False):
+            mass, importance = mass_and_importance(seen.q, seen.k_cmp, seen.k_slc, layer, seen.layout, positions)
             chosen, best = (chosen_blocks(scores, positions, layer.nsa) for scores in (importance, mass))
         parts.append((mass[0] / (layer.heads // layer.kv_heads), chosen[0], best[0]))
 

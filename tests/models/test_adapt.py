@@ -19,7 +19,7 @@ from plumbline.models.adapt import (
     open_gates,
     sparse_layers,
 )
-from plumbline.models.attention import open_gate_bias
+from plumbline.models.attention import Seen, open_gate_bias
 from plumbline.models.config import PolicyConfig
 from plumbline.models.distil import dense_policy
 from plumbline.models.longcontext import Estimate, find_needles, needles, token_losses, windows
@@ -55,18 +55,23 @@ class Letters:
 
 
 def test_alignment_is_the_divergence_of_block_masses():
-    layer = sparse_layers(make())[0]
-    torch.nn.init.normal_(layer.phi_k_weight, std=0.1)
-    length, heads, kv_heads, dim = 70, 4, 2, 8
-    q, k_cmp, k_slc, v_slc = (torch.randn(2 * length, h, dim) for h in (heads, kv_heads, kv_heads, kv_heads))
-    k_cmp.requires_grad_()
+    policy = make(qkv_bias=True)
+    layer = sparse_layers(policy)[0]
+    for parameter in (layer.phi_k_weight, layer.k_proj.weight, layer.k_proj.bias):
+        torch.nn.init.normal_(parameter, std=0.15)
+    length = 70
+    x = torch.randn(2 * length, 32, requires_grad=True)
     layout = Layout(torch.tensor([0, length, 2 * length], dtype=torch.int32))
+    cos, sin = policy.model.rope(torch.arange(length).repeat(2), x.dtype)
+    q, ((k_cmp, _), (k_slc, v_slc), _) = layer.project(x, cos, sin)
+    seen = Seen(x, cos, sin, q, k_cmp, k_slc, v_slc, layout)
     positions = torch.tensor([3, 30, 41, 69])
-    loss = alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, positions)
+    loss = alignment_loss(layer, seen, positions)
+    q, k_cmp, k_slc, v_slc = (part.detach() for part in seen[3:7])
 
     terms = []
     for start in (0, length):
-        for head in range(kv_heads):
+        for head in range(2):
             block_keys = []
             for first in range(0, length - 8 + 1, 4):
                 tokens = k_cmp[start + first : start + first + 8, head].double()
@@ -74,27 +79,30 @@ def test_alignment_is_the_divergence_of_block_masses():
             for t in positions.tolist():
                 mass, score = torch.zeros(9, dtype=torch.double), torch.zeros(9, dtype=torch.double)
                 for query in q[start + t, head * 2 : head * 2 + 2].double():
-                    exact = (k_slc[start : start + t + 1, head].double() @ query / math.sqrt(dim)).softmax(0)
+                    exact = (k_slc[start : start + t + 1, head].double() @ query / math.sqrt(8)).softmax(0)
                     for s, p in enumerate(exact):
                         mass[s // 8] += p * v_slc[start + s, head].double().norm()
-                    seen = [i for i in range(len(block_keys)) if 4 * i + 7 <= t]
-                    if seen:
-                        p = torch.stack([block_keys[i] @ query for i in seen]).div(math.sqrt(dim)).softmax(0)
+                    whole = [i for i in range(len(block_keys)) if 4 * i + 7 <= t]
+                    if whole:
+                        p = torch.stack([block_keys[i] @ query for i in whole]).div(math.sqrt(8)).softmax(0)
                         for j in range(9):
                             for m in range(2):
                                 for n in range(2):
-                                    if 2 * j + m - n in seen:
-                                        score[j] += p[seen.index(2 * j + m - n)]
+                                    if 2 * j + m - n in whole:
+                                        score[j] += p[whole.index(2 * j + m - n)]
                 free = list(range(1, t // 8 - 1))  # neither block 0 nor the two newest
                 if len(free) > 1:
                     mass, score = mass[free] / mass[free].sum(), score[free] / score[free].sum()
                     terms.append((mass * (mass.log() - score.log())).sum())
     torch.testing.assert_close(loss.double(), torch.stack(terms).mean(), atol=1e-5, rtol=1e-4)
     loss.backward()
-    assert k_cmp.grad is None
-    assert layer.phi_k_weight.grad.abs().sum() > 0
-    near = torch.tensor([3, 20])
-    assert alignment_loss(q, k_cmp, k_slc, v_slc, layer, layout, near) == 0
+    given = {name for name, value in layer.named_parameters() if value.grad is not None and value.grad.any()}
+    assert (
+        {"phi_k_weight", "k_proj.weight"} <= given <= {"phi_k_weight", "phi_k_position", "k_proj.weight", "k_proj.bias"}
+    )
+    assert not layer.k_proj.weight.grad[16:].any()  # the compressed branch has the first of three parts
+    assert x.grad is None
+    assert alignment_loss(layer, seen, torch.tensor([3, 20])) == 0
 
 
 def test_gates_open_once():

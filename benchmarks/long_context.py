@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     for name in ("context", "tokens_per_step", "tokens_per_microbatch", *STEPS):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(recipe, name))
     parser.add_argument("--repeat-share", type=float, default=recipe.repeat_share)
-    parser.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
+    parser.add_argument("--learning-rate", type=float, help="see plumbline adapt")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path, help="JSON lines")
     return parser.parse_args()

@@ -31,18 +31,21 @@ def adapt(
     context: Annotated[int, typer.Option(min=64, help="Tokens of a training window.")] = 8192,
     layer_steps: Annotated[
         int, typer.Option(min=0, help="Steps that teach each layer of a fresh conversion what exact attention does.")
-    ] = 200,
-    gate_steps: Annotated[int, typer.Option(min=0, help="Steps that then train gates and phi alone.")] = 20,
-    all_steps: Annotated[int, typer.Option(min=0, help="Steps that then train everything.")] = 100,
+    ] = 70,
+    gate_steps: Annotated[int, typer.Option(min=0, help="Steps that then train gates and phi alone.")] = 10,
+    all_steps: Annotated[int, typer.Option(min=0, help="Steps that then train everything.")] = 370,
     repeat_share: Annotated[
         float,
         typer.Option(min=0, max=0.9, help="Of a window, overwritten with passages that repeat earlier ones of it."),
-    ] = 0.25,
-    tokens_per_step: Annotated[int, typer.Option(min=64, help="Tokens of an optimizer step.")] = 65_536,
+    ] = 0.35,
+    tokens_per_step: Annotated[int, typer.Option(min=64, help="Tokens of an optimizer step.")] = 32_768,
     tokens_per_microbatch: Annotated[
         int, typer.Option(min=64, help="Tokens of one forward and backward pass.")
     ] = 16_384,
-    learning_rate: Annotated[float, typer.Option(help="Of the checkpoint's own weights.")] = 5e-5,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of the checkpoint's own weights. By its width: 1e-3 at 576 and below, beyond 1/width."),
+    ] = None,
     new_learning_rate: Annotated[float, typer.Option(help="Of gates and phi, after the first stage.")] = 1e-3,
     alignment: Annotated[
         float, typer.Option(min=0, help="Factor of the loss that keeps phi ranking, after the first stage.")

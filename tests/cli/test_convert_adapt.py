@@ -122,7 +122,7 @@ def test_adapt(run, dense, tmp_path):
         (["adapt", "dense", "out", "--text", "long.txt", "--context", "4096"], "max_position_embeddings (2048)"),
         (
             ["adapt", "dense", "out", "--text", "long.txt", "--context", "1500"],
-            "tokens_per_step (65536) must be a multiple",
+            "tokens_per_step (32768) must be a multiple",
         ),
         (["adapt", "dense", "texts", "--text", "long.txt"], "texts exists and is not an empty folder"),
     ],

@@ -12,9 +12,11 @@ from plumbline.kernels.nsa import Layout
 from plumbline.models.adapt import (
     Recipe,
     _positions,
+    _whole_stage,
     adapt,
     alignment_loss,
     batches,
+    default_rate,
     mean_gates,
     open_gates,
     sparse_layers,
@@ -207,6 +209,12 @@ def test_the_clock_ends_all_stages():
     assert {f["stage"] for f in figures} == {1, 2, 3}
     # The last step begins before the time is over, where a step takes long well before.
     assert figures[-1]["rate"] < 0.6
+
+
+def test_the_rate_falls_with_the_width():
+    assert [default_rate(width) for width in (64, 576, 1152)] == [1e-3, 1e-3, 5e-4]
+    assert _whole_stage(make(), replace(RECIPE, learning_rate=None), None)[0][1]["lr"] == 1e-3
+    assert _whole_stage(make(), RECIPE, None)[0][1]["lr"] == RECIPE.learning_rate
 
 
 def test_bad_recipes_are_refused_by_name():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from plumbline.models.adapt import Recipe, adapt, mean_gates
+from plumbline.models.convert import empty_target, save_folder
 from plumbline.models.load import load_policy, load_tokenizer
 from plumbline.models.longcontext import (
     Estimate,
@@ -62,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, help="see plumbline adapt")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path, help="JSON lines")
+    parser.add_argument("--save", type=Path, help="folder for the adapted policy")
     return parser.parse_args()
 
 
@@ -139,6 +141,8 @@ def measure(name: str, policy: Policy, tokenizer: Any, text: torch.Tensor, args:
 
 def main() -> None:
     args = arguments()
+    if args.save:
+        empty_target(args.save)
     tokenizer = load_tokenizer(args.policy)
     text = torch.cat(read_tokens(files(args.text), tokenizer))
     # Before anything is measured: a file that cannot be read should not cost what was.
@@ -187,6 +191,8 @@ def main() -> None:
             say(f"{name}: {sum(step['tokens'] for step in steps):,} tokens in {len(steps)} steps")
             if steps:  # a policy whose gates are trained has no layer stage
                 keep(measure(name, policy, tokenizer, text, args))
+        if args.save:
+            save_folder(policy, args.policy, args.save)
         autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")
         with autocast:
             gates = mean_gates(policy, rows[:2])

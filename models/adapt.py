@@ -86,6 +86,8 @@ class Recipe:
             raise ValueError(f"gate_share must be between 0 and 0.5, got {self.gate_share}")
         if not 0 <= self.repeat_share < 1:
             raise ValueError(f"repeat_share must be at least 0 and below 1, got {self.repeat_share}")
+        if self.repeat_length < 2:
+            raise ValueError(f"repeat_length must be at least 2, got {self.repeat_length}")
 
 
 def default_rate(hidden_size: int) -> float:

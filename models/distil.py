@@ -26,7 +26,7 @@ def plant_repeats(
 
     Args:
         windows: [N, L] int64 token ids, left as they are.
-        share: of a window that repeats; at most all but the tokens before a first passage of `length` and after the last.
+        share: of a window that repeats, as far as there is room after a first passage.
         length: tokens of a passage, which begins at the same places of each window; what it repeats is drawn for each, from
             all that lies before it.
         generator: of the CPU.
@@ -44,7 +44,7 @@ def plant_repeats(
     starts = offset + length * (1 + torch.randperm(places, generator=generator)[:wanted].sort().values)
     planted, within = windows.clone(), torch.arange(length)
     for start in starts.tolist():
-        source = (torch.rand(count, 1, generator=generator) * (start - length + 1)).long()
+        source = torch.randint(start - length + 1, (count, 1), generator=generator)
         planted[:, start : start + length] = planted.gather(1, source + within)
     return planted, (starts[:, None] + within[:-1]).flatten()
 

@@ -226,6 +226,8 @@ def test_bad_recipes_are_refused_by_name():
         adapt(make("full"), copies(8, 96), RECIPE)
     with pytest.raises(ValueError, match="repeat_share"):
         Recipe(repeat_share=1)
+    with pytest.raises(ValueError, match="repeat_length"):
+        Recipe(repeat_length=1)
     with pytest.raises(ValueError, match="a teacher has full attention, this one has nsa"):
         adapt(make(), copies(8, 96), RECIPE, teacher=make())
     with pytest.raises(ValueError, match="the teacher has 41 tokens, the policy 40"):

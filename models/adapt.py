@@ -33,6 +33,8 @@ from plumbline.models.policy import Policy
 
 # That stage 1 takes in one pass. Its backward ends with each layer, so that it holds little, and what it costs is launches.
 MICROBATCHES_A_LAYER = 4
+# Steps in which the rate rises, however short a stage: Adam's first ones are as long as the rate in every weight.
+LEAST_WARMUP = 10
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Recipe:
         learning_rate: of everything else in stage 3; None: `default_rate`. Stage 1 has rates of its own (`layerwise`).
         alignment: factor of the alignment loss in stages 2 and 3; 0 leaves it out.
         alignment_queries: positions a window at which exact and compressed scores are compared.
-        warmup: share of a stage in which the learning rate rises; it then falls along a cosine to a tenth.
+        warmup: share of a stage in which the learning rate rises, ten steps at least; it then falls along a cosine to a tenth.
         max_norm: of the gradient.
         minutes: all stages together end after this time, shared out by their steps, the learning rate lowered accordingly.
         seed: order of the windows, and the compared positions.
@@ -244,7 +246,8 @@ def adapt(
                 done = max(done, (time.monotonic() - begun) / seconds)
             if done >= 1:
                 break
-            rate = min(1.0, (done + 1 / steps) / recipe.warmup) * (0.55 + 0.45 * math.cos(math.pi * done))
+            risen = min(1.0, (done + 1 / steps) / recipe.warmup, (step + 1) / LEAST_WARMUP)
+            rate = risen * (0.55 + 0.45 * math.cos(math.pi * done))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad(set_to_none=True)

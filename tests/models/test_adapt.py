@@ -217,6 +217,16 @@ def test_the_rate_falls_with_the_width():
     assert _whole_stage(make(), RECIPE, None)[0][1]["lr"] == RECIPE.learning_rate
 
 
+@pytest.mark.parametrize(("steps", "rising"), [(4, 10), (40, 10), (200, 20)])
+def test_the_rate_rises_for_a_tenth_of_a_stage_and_ten_steps_at_least(steps, rising):
+    figures: list[dict[str, float]] = []
+    small = replace(RECIPE, tokens_per_step=192, gate_steps=steps, alignment=0.0)
+    adapt(make(), copies(2, 96), small, figures.append)
+    for step, made in enumerate(figures):
+        falling = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        assert made["rate"] == pytest.approx(min(1, (step + 1) / rising) * falling)
+
+
 def test_bad_recipes_are_refused_by_name():
     with pytest.raises(ValueError, match="tokens_per_step"):
         Recipe(context=100, tokens_per_step=250)

@@ -323,15 +323,15 @@ def flat_rows(t, row, heads, g, BK2: tl.constexpr):
     return flat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_keys", "splits"])
 def backward_keys(
     q_ptr, q2_ptr, do_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, shift_ptr, dot_ptr, tiles_ptr, natural_scale, scale,
-    q_t, q_h, k_t, k_h, v_t, v_h, heads, total_keys,
+    q_t, q_h, k_t, k_h, v_t, v_h, heads, total_keys, splits,
     GROUP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values over one part of the queries: dk, dv [SPLITS, total_keys, Hkv, D].
+    """Gradients of a tile of keys and values over one part of the queries: dk, dv [splits, total_keys, Hkv, D].
 
     INIT: keys below this position belong to another launch (FORCED), keys at or above it to none (INITIAL).
     """
@@ -357,8 +357,8 @@ def backward_keys(
     r = tl.arange(0, ROWS)
     g = kv_head * GROUP + r % GROUP
     low, high, full = query_range(key_first, key_last, length, KIND, A, B)
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), QUERIES) * QUERIES
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), splits), QUERIES) * QUERIES
         low = low + split * share
         high = tl.minimum(high, low + share)
     # Queries from `middle` on see all keys of the tile.

@@ -80,7 +80,7 @@ def selected_forward(
     dv, group, s = v.shape[2], heads // k.shape[1], selection.select_block
     total = torch.empty(tokens, heads, dv, dtype=q.dtype, device=q.device) if mixed else None
     if selection.indices is None:
-        out, lse = dense_forward(q, k, v, layout, Range.window(max(layout.longest, 1)), scale)
+        out, lse = dense_forward(q, k, v, layout, Range.everything(), scale)
     elif selection.forced:
         out, lse = dense_forward(q, k, v, layout, Range.forced(selection.forced), scale)
     else:

@@ -144,15 +144,17 @@ class FusedAttention(torch.autograd.Function):
         phi, config, scale, selection, listed = ctx.rest
         do = do.contiguous()
         rows = q.shape[0] * q.shape[1]
-        shift = torch.empty(3, *q.shape[:2], dtype=torch.float32, device=q.device)
-        dot, d_gates = torch.empty_like(shift), torch.empty_like(gates)
+        # Rows of 16 numbers each: kernels are compiled for addresses that are multiples of 16 bytes and for others.
+        shifts, dots = torch.empty(2, 3, -(-rows // 16) * 16, dtype=torch.float32, device=q.device)
+        shift, dot = (x[:, :rows].view(3, *q.shape[:2]) for x in (shifts, dots))
+        d_gates = torch.empty_like(gates)
         has_cmp = o_cmp is not None
         dim = o_win.shape[2]
         mix.gate_gradients[(-(-rows // 16),)](
             do, o_cmp if has_cmp else o_win, base, o_slc, o_win, lse_cmp if has_cmp else lse_win, lse_slc, lse_win,
             gates, d_gates, shift, dot,
-            rows, q.shape[1], GROUP=q.shape[1] // k_win.shape[1], HAS_CMP=has_cmp, DV=dim, BV=pad_dim(dim), ROWS=16,
-            num_warps=4,
+            rows, shifts.stride(0), q.shape[1], GROUP=q.shape[1] // k_win.shape[1], HAS_CMP=has_cmp, DV=dim,
+            BV=pad_dim(dim), ROWS=16, num_warps=4,
         )  # fmt: skip
         cmp = None
         if has_cmp:

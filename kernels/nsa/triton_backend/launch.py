@@ -33,6 +33,8 @@ PAIR_BYTES = 2**31
 PAIR_CHUNK = 8192
 # Programs that the gradients of compressed keys are cut into, where the sequences are long enough.
 BACKWARD_PROGRAMS = 2048
+# A window in which any sequence fits. Not the longest one's length: kernels are compiled for each value.
+EVERYTHING = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Range:
     @classmethod
     def forced(cls, config: NSAConfig) -> Range:
         return cls(FORCED, config.select_block, config.local, config.initial * config.select_block)
+
+    @classmethod
+    def everything(cls) -> Range:
+        """All tokens so far."""
+        return cls(WIN, EVERYTHING)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -177,11 +184,10 @@ def dense_keys_backward(
             first_q, of_do = made if tma else (q, do)
             dense.backward_keys[(len(tiles), k.shape[1], splits)](
                 first_q, second, of_do, k, v, dk, dv, shift, dot, tiles, scale, scale * LOG2E, q.stride(0),
-                q.stride(1),
-                k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads, keys, GROUP=group, KIND=kind, A=reach.a,
-                B=reach.b, INIT=reach.initial, DK=k.shape[2], DV=v.shape[2], BK=bk, BK2=bk2,
-                BV=dv_columns, ROWS=size.rows, KEYS=size.keys, SPLITS=splits, PREC=precision(q.dtype), TMA=tma,
-                **size.launch,
+                q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads, keys, splits,
+                GROUP=group, KIND=kind, A=reach.a, B=reach.b, INIT=reach.initial, DK=k.shape[2], DV=v.shape[2],
+                BK=bk, BK2=bk2, BV=dv_columns, ROWS=size.rows, KEYS=size.keys, SPLIT=splits > 1,
+                PREC=precision(q.dtype), TMA=tma, **size.launch,
             )  # fmt: skip
         return dk, dv
 
@@ -320,7 +326,7 @@ def backward(
             selection.indices if listed else tiles[number], first, total, GROUP=group, HAS_CMP=cmp is not None,
             SLC=mode, HAS_WIN=win is not None, COUNT=count, SKIP=mode == 1, L=reach_c.a, D=reach_c.b,
             S=selection.select_block, LOCAL=local,
-            INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WHOLE=max(layout.longest, 1), DK=dk, DV=dv,
+            INITIAL_BLOCKS=initial, W=win[1].a if win else 1, WHOLE=EVERYTHING, DK=dk, DV=dv,
             BK=bk, BK2=bk2, BV=pad_dim(dv),
             ROWS=size.rows, KEYS=size.keys, PREC=precision(q.dtype), TMA=tma, **size.launch,
         )  # fmt: skip
@@ -337,7 +343,7 @@ def _selected_keys_start(
     if selection.mode == 2:
         k, v = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (branch.k, branch.v))
         return k, v
-    reach = Range.forced(selection.forced) if selection.forced else Range.window(max(layout.longest, 1))
+    reach = Range.forced(selection.forced) if selection.forced else Range.everything()
     return dense_keys_backward(q, do, branch.k, branch.v, branch.shift, branch.dot, layout, reach, scale)
 
 

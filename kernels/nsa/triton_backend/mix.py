@@ -8,7 +8,7 @@ import triton.language as tl
 from plumbline.kernels.nsa.triton_backend.common import load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "last_row"])
 def merge_and_mix(
     cmp_ptr, cmp_lse_ptr, base_ptr, slc_ptr, win_ptr, slc_lse_ptr, pairs_ptr, pairs_lse_ptr, indices_ptr, gates_ptr,
     out_ptr, table_ptr, first_row, last_row, heads,
@@ -69,10 +69,10 @@ def merge_and_mix(
         store_rows(out_ptr, row * DV, ok, out, DV, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gate_gradients(
     do_ptr, cmp_ptr, base_ptr, slc_ptr, win_ptr, cmp_lse_ptr, slc_lse_ptr, win_lse_ptr, gates_ptr, d_gates_ptr,
-    shift_ptr, dot_ptr, rows, heads,
+    shift_ptr, dot_ptr, rows, stride, heads,
     GROUP: tl.constexpr, HAS_CMP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """For each branch b: dot[b] = do . o_b, which is the gate's gradient too, and shift[b] = lse_b - log2(gate_b).
@@ -81,7 +81,7 @@ def gate_gradients(
     alone has a part.
 
     With the gate in the exponent, exp2(s - shift) is gate p, so that the branches' kernels need no gates.
-    dot, shift [3, rows].
+    dot, shift [3, stride], of which the first `rows` are written.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < rows
@@ -97,12 +97,12 @@ def gate_gradients(
             lse = tl.load(lse_ptr + row, mask=ok, other=0.0)
             gate = tl.load(gates_ptr + row * 3 + b, mask=ok, other=1.0).to(tl.float32)
             shift = tl.where(lse == float("-inf"), float("inf"), lse - tl.log2(gate))
-            tl.store(dot_ptr + b * rows + row, dot, mask=ok)
+            tl.store(dot_ptr + b * stride + row, dot, mask=ok)
             if b == 0:
                 seen = ok & (lse > float("-inf"))
                 base = load_rows(base_ptr, (row % heads).to(tl.int32) // GROUP * DV, seen, DV, BV)
                 dot += tl.sum(do * base, 1)
             tl.store(d_gates_ptr + row * 3 + b, dot.to(d_gates_ptr.dtype.element_ty), mask=ok)
-            tl.store(shift_ptr + b * rows + row, shift, mask=ok)
+            tl.store(shift_ptr + b * stride + row, shift, mask=ok)
         else:
             tl.store(d_gates_ptr + row * 3 + b, (row * 0).to(d_gates_ptr.dtype.element_ty), mask=ok)

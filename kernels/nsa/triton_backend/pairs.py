@@ -24,7 +24,7 @@ from plumbline.kernels.nsa.triton_backend.parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_first", "blocks"])
 def forward_pairs(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, items_ptr, pairs_ptr, blocks_ptr, scale, chunk_first, blocks,
     q_t, q_h, k_t, k_h, v_t, v_h,
@@ -68,7 +68,7 @@ def forward_pairs(
             tl.store(lse_ptr + to, m + tl.log2(denominator), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_first", "blocks"])
 def backward_pairs(
     q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, dot_ptr, dq_ptr, dk_ptr, dv_ptr, extra_k_ptr, extra_v_ptr, items_ptr,
     pairs_ptr, blocks_ptr, natural_scale, scale, chunk_first, blocks, q_t, q_h, k_t, k_h, v_t, v_h,
@@ -138,7 +138,7 @@ def backward_pairs(
             store_rows(extra_v_ptr, to * DV, c < S, dv, DV, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def add_extra(
     part_ptr, total_ptr, first_extra_ptr, blocks_ptr, blocks,
     KV_HEADS: tl.constexpr, S: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, KEYS: tl.constexpr,

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from plumbline.models.attention import Seen, SparseAttention, open_gate_bias
-from plumbline.models.distil import LOGIT_ROWS, dense_policy, divergence_from, plant_repeats
+from plumbline.models.distil import dense_policy, divergence_from, plant_repeats, sum_over_rows
 from plumbline.models.layerwise import (
     Student,
     divergence,
@@ -133,7 +132,7 @@ def alignment_loss(layer: SparseAttention, seen: Seen, positions: Tensor) -> Ten
         KL divergence (nats) of the two distributions over the blocks that are not always chosen, a scalar: the mean
         over sequences, kv heads and those positions that have two such blocks or more.
     """
-    k_cmp = layer.compressed_keys(*(part.detach() for part in (seen.x, seen.cos, seen.sin)))
+    k_cmp = layer.branch_keys(seen.x.detach(), seen.cos, seen.sin, 0)
     with torch.autocast(seen.x.device.type, enabled=False):
         q, k_slc, v_slc = (part.detach() for part in (seen.q, seen.k_slc, seen.v_slc))
         mass, importance = mass_and_importance(q, k_cmp, k_slc, layer, seen.layout, positions, v_slc)
@@ -162,13 +161,12 @@ def check_teacher(teacher: Policy, policy: Policy) -> None:
 
 
 def _next_token_loss(policy: Policy, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens; logits are made again in the backward pass, a few rows at a time."""
+    """Sum over tokens."""
 
     def part(rows: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(policy.lm_head(rows).float(), wanted, reduction="sum")
 
-    parts = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    return torch.stack([checkpoint(part, rows, wanted, use_reentrant=False) for rows, wanted in parts]).sum()
+    return sum_over_rows(part, hidden, targets)
 
 
 def batches(windows: Tensor, per_step: int, seed: int) -> Iterator[Tensor]:

@@ -143,12 +143,11 @@ class SparseAttention(Attention):
         parts = (self.phi_k_weight, self.phi_k_position, self.phi_v_weight, self.phi_v_position)
         return PhiParams(*(part.to(dtype) for part in parts))
 
-    def compressed_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated keys of the compressed branch alone, before phi: [T, Hkv, D], as `project` gives them."""
-        rows = self.kv_heads * self.dim
-        bias = None if self.k_proj.bias is None else self.k_proj.bias[:rows]
-        k = F.linear(x, self.k_proj.weight[:rows], bias).unflatten(-1, (self.kv_heads, self.dim))
-        return rotate(self.k_norm(k), cos, sin)
+    def branch_keys(self, x: Tensor, cos: Tensor, sin: Tensor, number: int, weight: Tensor | None = None) -> Tensor:
+        """Rotated keys of one branch [T, Hkv, D], as `project` gives them or with another projection [Hkv D, hidden]."""
+        weight = self.k_proj.weight.chunk(3)[number] if weight is None else weight
+        bias = None if self.k_proj.bias is None else self.k_proj.bias.chunk(3)[number]
+        return rotate(self.k_norm(F.linear(x, weight, bias).unflatten(-1, (-1, self.dim))), cos, sin)
 
     def gates(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, 3))

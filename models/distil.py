@@ -8,12 +8,15 @@ learn to expect repeats where the dense one does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from plumbline.models.config import PolicyConfig
+from plumbline.models.load import fill, has_branches
 from plumbline.models.policy import Policy
 
 LOGIT_ROWS = 4096
@@ -55,13 +58,17 @@ def dense_policy(policy: Policy) -> Policy:
     with torch.device("meta"):
         dense = Policy(PolicyConfig(**{**policy.config.to_dict(), "attention": "full", "nsa": None}))
     tensors = policy.state_dict()
-    state = {}
-    for name, _ in dense.named_parameters():
-        threefold = ".k_proj." in name or ".v_proj." in name
-        state[name] = (tensors[name].chunk(3)[1] if threefold else tensors[name]).clone()
-    dense.load_state_dict(state, assign=True, strict=False)  # a tied lm_head is not among them
-    dense.tie_weights()
-    return dense.requires_grad_(False).eval()
+    parameters = {
+        name: (tensors[name].chunk(3)[1] if has_branches(name) else tensors[name]).clone()
+        for name, _ in dense.named_parameters()
+    }
+    return fill(dense, parameters).requires_grad_(False)
+
+
+def sum_over_rows(part: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The sum of part(rows of each tensor), some rows at a time, made again in the backward pass: logits are large."""
+    rows = zip(*(tensor.split(LOGIT_ROWS) for tensor in tensors), strict=True)
+    return torch.stack([checkpoint(part, *some, use_reentrant=False) for some in rows]).sum()
 
 
 def divergence_from(teacher: Policy, policy: Policy, wanted: Tensor, hidden: Tensor) -> Tensor:
@@ -69,8 +76,6 @@ def divergence_from(teacher: Policy, policy: Policy, wanted: Tensor, hidden: Ten
 
     Args:
         wanted, hidden: [T, hidden] of the teacher (without gradient) and of the policy, after the final norm.
-
-    Logits are made again in the backward pass, a few rows at a time.
     """
 
     def part(target: Tensor, rows: Tensor) -> Tensor:
@@ -79,5 +84,4 @@ def divergence_from(teacher: Policy, policy: Policy, wanted: Tensor, hidden: Ten
         q = torch.log_softmax(policy.lm_head(rows).float(), -1)
         return F.kl_div(q, p, reduction="sum", log_target=True)
 
-    parts = zip(wanted.split(LOGIT_ROWS), hidden.split(LOGIT_ROWS), strict=True)
-    return torch.stack([checkpoint(part, *rows, use_reentrant=False) for rows in parts]).sum()
+    return sum_over_rows(part, wanted, hidden)

@@ -192,14 +192,10 @@ class Student:
 
     def branch(self, x: Tensor, cos: Tensor, sin: Tensor, number: int, weights: Branch) -> Branch:
         """Rotated keys and values [T, Hkv, D] of x [T, hidden], with these weights and the biases of a branch."""
-        layer = self.layer
-        k, v = (
-            F.linear(x, weight, None if linear.bias is None else linear.bias.chunk(3)[number]).unflatten(
-                -1, (-1, layer.dim)
-            )
-            for linear, weight in zip((layer.k_proj, layer.v_proj), weights, strict=True)
-        )
-        return rotate(layer.k_norm(k), cos, sin), v
+        layer, (k_weight, v_weight) = self.layer, weights
+        bias = None if layer.v_proj.bias is None else layer.v_proj.bias.chunk(3)[number]
+        v = F.linear(x, v_weight, bias).unflatten(-1, (-1, layer.dim))
+        return layer.branch_keys(x, cos, sin, number, k_weight), v
 
     @torch.no_grad()
     def exact_attention(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

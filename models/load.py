@@ -61,8 +61,14 @@ def load_policy(
         policy = Policy(config)
     _check(policy, tensors, folder)
     # Copies: what safetensors gives is mapped from the file, which a later checkpoint may replace.
-    own = {name: tensors.pop(name).to(device, target, copy=True) for name, _ in policy.named_parameters()}
-    policy.load_state_dict(own, assign=True, strict=False)  # a tied lm_head is not among them
+    return fill(
+        policy, {name: tensors.pop(name).to(device, target, copy=True) for name, _ in policy.named_parameters()}
+    )
+
+
+def fill(policy: Policy, parameters: dict[str, Tensor]) -> Policy:
+    """A policy made on the meta device with its parameters, which are not copied; in evaluation mode."""
+    policy.load_state_dict(parameters, assign=True, strict=False)  # a tied lm_head is not among them
     policy.tie_weights()
     return policy.eval()
 
@@ -252,6 +258,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def has_branches(name: str) -> bool:
+    """Whether NSA has the parameter once a branch (cmp, slc, win, in order) where full attention has it once."""
+    return ".k_proj." in name or ".v_proj." in name
+
+
 def _to_sparse(tensors: dict[str, Tensor], config: PolicyConfig) -> dict[str, Tensor]:
     """Dense weights as NSA weights: three copies of keys and values, gates (0, 1, 0), phi the mean."""
     from plumbline.models.attention import SparseAttention, open_gate_bias
@@ -260,7 +271,7 @@ def _to_sparse(tensors: dict[str, Tensor], config: PolicyConfig) -> dict[str, Te
     heads = config.num_attention_heads
     result = {}
     for name, tensor in tensors.items():
-        result[name] = torch.cat([tensor] * 3) if ".k_proj." in name or ".v_proj." in name else tensor
+        result[name] = torch.cat([tensor] * 3) if has_branches(name) else tensor
     dtype = next(iter(tensors.values())).dtype
     for number in range(config.num_hidden_layers):
         prefix = f"model.layers.{number}.self_attn."

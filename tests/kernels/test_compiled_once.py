@@ -23,19 +23,18 @@ def compiled(monkeypatch):
     found: dict[str, set[tuple]] = defaultdict(set)
 
     def record(kernel, *args, grid, warmup, **named):
-        fixed = {
-            name
-            for name, value in inspect.signature(kernel.fn).parameters.items()
-            if "constexpr" in str(value.annotation)
-        }
+        parameters = inspect.signature(kernel.fn).parameters
         values = dict(zip(kernel.arg_names, args, strict=False)) | named
         free = kernel.kwargs.get("do_not_specialize") or ()
         key = []
         for name, value in sorted(values.items()):
-            if isinstance(value, torch.Tensor):
+            # Beside the kernel's own there are the launch's: warps, stages, registers.
+            if name not in parameters or "constexpr" in str(parameters[name].annotation):
+                key.append((name, value))
+            elif isinstance(value, torch.Tensor):
                 key.append((name, value.dtype, value.data_ptr() % 16 == 0))
-            elif name in fixed or name not in kernel.arg_names or not isinstance(value, int) or isinstance(value, bool):
-                key.append((name, value if name in fixed or name not in kernel.arg_names else type(value)))
+            elif not isinstance(value, int):
+                key.append((name, type(value)))
             elif name not in free:
                 key.append((name, value == 1, value % 16 == 0))
         found[kernel.fn.__name__].add(tuple(key))
